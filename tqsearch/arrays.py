@@ -1,0 +1,92 @@
+"""Users' arrays, numpy or torch, to checked tensors, and results back to the kind that was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tqsearch.errors import InvalidInputError
+
+ArrayLike = Tensor | npt.NDArray[np.generic]
+IdsLike = ArrayLike | Sequence[int]
+
+
+def as_matrix(
+    values: ArrayLike, dim: int, name: str, device: torch.device | None = None, *, one: bool = False
+) -> Tensor:
+    """Rows of numbers as a float32 tensor.
+
+    Args:
+        values: (n, dim) numpy or torch, real floating point or integer; (dim,) too if `one`.
+        dim: the width wanted.
+        name: what the caller calls the argument, for the message.
+        device: where the tensor goes; None for where the values are.
+        one: whether a single row may come as a 1-d array.
+
+    Returns:
+        (n, dim) float32; shares memory with `values` where it can.
+
+    Raises:
+        InvalidInputError: wrong type, shape or dtype, or a value that is not finite in float32 (the first row is
+            named).
+    """
+    tensor = _as_tensor(values, name)
+    if one and tensor.ndim == 1:
+        tensor = tensor[None]
+    if tensor.ndim != 2 or tensor.shape[1] != dim:
+        wanted = f"(n, {dim}) or ({dim},)" if one else f"(n, {dim})"
+        raise InvalidInputError(f"{name} must have shape {wanted}, got {tuple(values.shape)}")
+    if tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise InvalidInputError(f"{name} must be real numbers, got dtype {tensor.dtype}; convert them to float32")
+    tensor = tensor.to(device=device or tensor.device, dtype=torch.float32)
+    # One reduction finds a bad value (nan and inf survive sums of magnitudes; an overflow is then looked at row by
+    # row).
+    if not torch.isfinite(tensor.abs().sum(dtype=torch.float64)):
+        bad = ~torch.isfinite(tensor).all(dim=1)
+        row = int(bad.nonzero()[0])
+        raise InvalidInputError(
+            f"{name} must be finite in float32, got a NaN, an infinity or an overflow in row {row}; "
+            f"{int(bad.sum())} such rows of {len(tensor)}"
+        )
+    return tensor
+
+
+def as_ids(values: IdsLike, name: str) -> npt.NDArray[np.int64]:
+    """Ids as a 1-d int64 numpy array; integers only, in the range of int64."""
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1:
+        raise InvalidInputError(f"{name} must be a 1-d array of integers, got shape {array.shape}")
+    if array.dtype.kind not in "iu":
+        raise InvalidInputError(f"{name} must be integers, got dtype {array.dtype}; convert them to int64")
+    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise InvalidInputError(f"{name} must fit in int64, got {array.max()}")
+    return array.astype(np.int64)
+
+
+def _as_tensor(values: ArrayLike, name: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach()
+    if not isinstance(values, np.ndarray):
+        raise InvalidInputError(
+            f"{name} must be a numpy array or a torch tensor, got {type(values).__name__}; wrap it in numpy.asarray"
+        )
+    if values.dtype.kind not in "fiu":
+        raise InvalidInputError(f"{name} must be real numbers, got dtype {values.dtype}; convert them to float32")
+    if values.dtype.kind == "u" or not values.dtype.isnative or values.dtype.itemsize > 8:
+        values = values.astype(np.float32)
+    if any(stride < 0 for stride in values.strides) or not values.flags.writeable:
+        values = values.copy()
+    return torch.from_numpy(values)
+
+
+def like(result: Tensor, given: ArrayLike) -> ArrayLike:
+    """A result as the caller's kind: numpy for numpy, else torch on the same device."""
+    if isinstance(given, Tensor):
+        return result.to(given.device)
+    return result.cpu().numpy()

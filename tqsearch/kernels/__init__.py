@@ -1,0 +1,152 @@
+"""The operations on packed codes: each documented once, here, and run by one of the backends.
+
+Every op is a function of tensors and integers. `reference.py` holds each in plain torch, on any device: the
+specification. A faster backend is a module of its own with functions of the same names and signatures, and `select` is
+the only place that chooses between them.
+
+An encoded row estimates its vector as `scale * levels`, in the rotated space. A rotated query q therefore scores a row
+as `scale * <q, levels> + bias`: with bias 0 the inner product, with twice the query and bias -|x|^2 the negated squared
+distance less |q|^2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tqsearch.errors import BackendError, InvalidInputError
+from tqsearch.kernels import reference
+from tqsearch.kernels.bands import BandTable, row_bytes
+
+__all__ = ["BACKENDS", "BandTable", "Encoded", "encode", "inner_products", "reconstruct", "row_bytes", "scan", "select"]
+
+BACKENDS = ("auto", "reference")
+
+
+class Encoded(NamedTuple):
+    """What `encode` returns; see there."""
+
+    packed: Tensor
+    norms: Tensor
+    dots: Tensor
+
+
+def select(backend: str, device: torch.device) -> str:
+    """The backend that runs an op.
+
+    It depends on its arguments and on what is installed, never on an exception caught on the way: an explicit backend
+        that
+    cannot run raises.
+
+    Args:
+        backend: "auto" or "reference".
+        device: where the codes are.
+
+    Returns:
+        "reference".
+
+    Raises:
+        InvalidInputError: an unknown name.
+    """
+    if backend not in BACKENDS:
+        raise InvalidInputError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if device.type not in ("cpu", "cuda"):
+        raise BackendError(f"the codes must be on a cpu or cuda device, got {device}; move the index with .to('cpu')")
+    return "reference"
+
+
+def encode(
+    vectors: Tensor,
+    bands: tuple[BandTable, ...],
+    factors: Tensor | None = None,
+    orders: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Encoded:
+    """Normalises, rotates, quantizes and packs rows.
+
+    With u = R x sqrt(d) / |x| each coordinate's code is the number of its band's boundaries below it.
+
+    Args:
+        vectors: (n, d) float32 on the device to work on, any strides, finite.
+        bands: the coordinates' tables in order, sizes summing to d.
+        factors: (rounds, d) float32 of the randomized Hadamard transform, as `rotation.Hadamard.tensors` gives them;
+            None if the vectors are rotated already.
+        orders: (rounds - 1, d) int64, or None.
+        backend: see `select`.
+
+    Returns:
+        packed: (n, row bytes) uint8, in the layout of `packing`.
+        norms: (n,) float32, |x|.
+        dots: (n,) float32, <u, levels of the codes>; 0 for a zero row, whose codes are those of u = 0.
+    """
+    select(backend, vectors.device)
+    return Encoded(*reference.encode(vectors, bands, factors, orders))
+
+
+def reconstruct(packed: Tensor, scales: Tensor, bands: tuple[BandTable, ...], *, backend: str = "auto") -> Tensor:
+    """The rows' estimates in the rotated space.
+
+    Args:
+        packed: (n, row bytes) uint8.
+        scales: (n,) floating point.
+        bands: as in `encode`.
+        backend: see `select`.
+
+    Returns:
+        (n, d) float32: scale times levels.
+    """
+    select(backend, packed.device)
+    return reference.reconstruct(packed, scales, bands)
+
+
+def inner_products(
+    queries: Tensor, packed: Tensor, scales: Tensor, bands: tuple[BandTable, ...], *, backend: str = "auto"
+) -> Tensor:
+    """All inner products of rotated queries with encoded rows.
+
+    Args:
+        queries: (q, d) float32, rotated.
+        packed: (n, row bytes) uint8.
+        scales: (n,) floating point.
+        bands: as in `encode`.
+        backend: see `select`.
+
+    Returns:
+        (q, n) float32: scale[j] * <queries[i], levels[j]>.
+    """
+    select(backend, packed.device)
+    return reference.inner_products(queries, packed, scales, bands)
+
+
+def scan(
+    queries: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    bands: tuple[BandTable, ...],
+    k: int,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The exact top k of the estimated scores, without writing the score matrix.
+
+    Args:
+        queries: (q, d) float32, rotated.
+        packed: (n, row bytes) uint8.
+        scales: (n,) floating point.
+        bias: (n,) float32 added to each row's score, or None.
+        mask: (n,) bool, False for rows that may not be returned; or None.
+        bands: as in `encode`.
+        k: how many, >= 1.
+        backend: see `select`.
+
+    Returns:
+        scores: (q, min(k, n)) float32, descending; -inf where fewer rows are allowed.
+        rows: (q, min(k, n)) int64; -1 where the score is -inf.
+    """
+    select(backend, packed.device)
+    return reference.scan(queries, packed, scales, bias, mask, bands, k)

@@ -1,0 +1,172 @@
+"""Every op in plain torch, on any device: the specification. `kernels/__init__.py` documents the signatures.
+
+It is also what a CPU runs, so it works in blocks of rows that stay in the cache: memory is bounded by the block
+whatever the size of the index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tqsearch.kernels.bands import BandTable, row_bytes
+from tqsearch.packing import pack_columns, unpack_band
+from tqsearch.plan import Band, BitPlan
+from tqsearch.rotation import hadamard_columns
+
+ENCODE_BLOCK = 1 << 19  # floats of a block while encoding
+SCAN_BLOCK = 1 << 21  # floats of a decoded block while scanning
+_GROUP = 32  # rows of a group whose maximum stands for them in the first step of the top k
+
+
+def encode(
+    vectors: Tensor, bands: tuple[BandTable, ...], factors: Tensor | None, orders: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.encode`."""
+    count, dim = vectors.shape
+    packed = torch.empty((count, row_bytes(bands)), dtype=torch.uint8, device=vectors.device)
+    norms = torch.empty(count, dtype=torch.float32, device=vectors.device)
+    dots = torch.empty_like(norms)
+    for block in _blocks(count, ENCODE_BLOCK // dim):
+        columns = vectors[block].t().contiguous()
+        unit, norms[block] = _normalise(columns)
+        if factors is not None:
+            unit = hadamard_columns(unit, factors, orders)
+        codes, levels = _quantize(unit, bands)
+        packed[block] = pack_columns(codes, BitPlan(tuple(Band(b.size, b.width) for b in bands))).t()
+        dots[block] = _column_sums(unit * levels)
+    return packed, norms, dots
+
+
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    size = max(size, 1)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _column_sums(values: Tensor) -> Tensor:
+    """Sums of the columns of (d, n), by halving: the order of additions does not depend on n, as a library's may."""
+    while values.shape[0] > 1:
+        half = values.shape[0] // 2
+        folded = values[:half] + values[half : 2 * half]
+        if values.shape[0] % 2:
+            folded[0] += values[-1]
+        values = folded
+    return values[0]
+
+
+def _normalise(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns scaled to squared norm d, and their norms; squares never overflow or vanish, zero stays zero."""
+    _, exponent = torch.frexp(columns.abs().amax(dim=0))
+    exponent = exponent.clamp(-125, 126)
+    columns = columns * torch.ldexp(torch.ones_like(exponent, dtype=columns.dtype), -exponent)  # exact
+    length = _column_sums(columns * columns).sqrt()
+    factor = math.sqrt(columns.shape[0]) / torch.where(length > 0, length, math.inf)
+    return columns * factor, torch.ldexp(length, exponent)
+
+
+def _quantize(unit: Tensor, bands: tuple[BandTable, ...]) -> tuple[Tensor, Tensor]:
+    """Codes (d, n) uint8 and their levels (d, n) float32."""
+    codes = torch.empty(unit.shape, dtype=torch.uint8, device=unit.device)
+    levels = torch.empty_like(unit)
+    row = 0
+    for band in bands:
+        rows = slice(row, row + band.size)
+        index = torch.bucketize(unit[rows], band.boundaries, out_int32=True)
+        codes[rows] = index
+        levels[rows] = torch.index_select(band.levels, 0, index.flatten()).view(index.shape)
+        row += band.size
+    return codes, levels
+
+
+def decode(packed: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
+    """The levels of the codes: (n, row bytes) uint8 to (n, d) float32."""
+    parts, byte = [], 0
+    for band in bands:
+        parts.append(_decode_band(packed[:, byte : byte + band.nbytes], band))
+        byte += band.nbytes
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _decode_band(packed: Tensor, band: BandTable) -> Tensor:
+    if band.width == 0:
+        return torch.zeros((packed.shape[0], band.size), device=packed.device)
+    if band.width in (1, 2, 4, 8):  # one look-up a byte
+        per_byte = 8 // band.width
+        every = torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None]
+        table = band.levels[unpack_band(every, Band(per_byte, band.width)).long()]
+        return _look_up(table, packed)[:, : band.size]
+    codes = unpack_band(packed, Band(band.size, band.width))
+    return torch.index_select(band.levels, 0, codes.flatten().int()).view(codes.shape)
+
+
+def _look_up(table: Tensor, packed: Tensor) -> Tensor:
+    """table (256, m) float32 at each byte of (n, w): (n, w m) float32; entries move as one element where they can."""
+    wide = {1: torch.float32, 2: torch.int64, 4: torch.complex128}.get(table.shape[1])
+    index = packed.flatten().int()
+    if wide is None:
+        return torch.index_select(table, 0, index).view(packed.shape[0], -1)
+    return torch.index_select(table.view(wide).flatten(), 0, index).view(torch.float32).view(packed.shape[0], -1)
+
+
+def reconstruct(packed: Tensor, scales: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
+    """See `kernels.reconstruct`."""
+    return decode(packed, bands) * scales.float()[:, None]
+
+
+def inner_products(queries: Tensor, packed: Tensor, scales: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
+    """See `kernels.inner_products`."""
+    out = torch.empty((queries.shape[0], packed.shape[0]), dtype=torch.float32, device=queries.device)
+    for block in _blocks(packed.shape[0], SCAN_BLOCK // queries.shape[1]):
+        out[:, block] = (queries @ decode(packed[block], bands).t()) * scales[block].float()
+    return out
+
+
+def scan(
+    queries: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    bands: tuple[BandTable, ...],
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.scan`."""
+    best_scores = torch.empty((queries.shape[0], 0), dtype=torch.float32, device=queries.device)
+    best_rows = torch.empty((queries.shape[0], 0), dtype=torch.int64, device=queries.device)
+    for block in _blocks(packed.shape[0], SCAN_BLOCK // queries.shape[1]):
+        scores = (queries @ decode(packed[block], bands).t()).mul_(scales[block].float())
+        if bias is not None:
+            scores += bias[block]
+        if mask is not None:
+            scores.masked_fill_(~mask[block], -math.inf)
+        scores, rows = _top_k(scores, k)
+        best_scores, best_rows = merge_top_k(best_scores, best_rows, scores, rows + block.start, k)
+    return best_scores, best_rows.masked_fill(best_scores == -math.inf, -1)
+
+
+def merge_top_k(scores: Tensor, rows: Tensor, more_scores: Tensor, more_rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of two lists a query, (q, a) and (q, b), descending: (q, min(k, a + b))."""
+    scores, rows = torch.cat([scores, more_scores], dim=1), torch.cat([rows, more_rows], dim=1)
+    scores, order = torch.topk(scores, min(k, scores.shape[1]), dim=1)
+    return scores, rows.gather(1, order)
+
+
+def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Exact top k of each row: the k groups of largest maximum hold it, so only these are sorted."""
+    count = scores.shape[1]
+    groups = count // _GROUP
+    if k >= groups // 4:
+        return torch.topk(scores, min(k, count), dim=1)
+    whole = scores[:, : groups * _GROUP].view(-1, groups, _GROUP)
+    chosen = torch.topk(whole.amax(dim=2), k, dim=1).indices
+    candidates = whole.gather(1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    columns = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
+    if count % _GROUP:
+        tail = torch.arange(groups * _GROUP, count, device=scores.device)
+        candidates = torch.cat([candidates, scores[:, groups * _GROUP :]], dim=1)
+        columns = torch.cat([columns, tail.expand(len(scores), -1)], dim=1)
+    top, order = torch.topk(candidates, k, dim=1)
+    return top, columns.gather(1, order)

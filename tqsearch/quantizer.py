@@ -1,0 +1,208 @@
+"""TurboQuantizer: vectors to codes of a few bits a dimension, and inner products straight from the codes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tqsearch import kernels
+from tqsearch.arrays import ArrayLike, as_matrix, like
+from tqsearch.codebook import lloyd_max
+from tqsearch.errors import InvalidInputError
+from tqsearch.kernels import BandTable
+from tqsearch.plan import BitPlan
+from tqsearch.qjl import QJL
+from tqsearch.rotation import Hadamard, make_rotation
+
+Form = Literal["mse", "prod"]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Encoded vectors.
+
+    Attributes:
+        packed: (n, plan.bytes_per_vector) uint8, in the layout of `packing`.
+        scales: (n,) of the quantizer's scale dtype: what the levels are multiplied by.
+        signs: (n, ceil(d / 8)) uint8, one bit a projection; form "prod" only.
+        residual_norms: (n,) float32; form "prod" only.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    signs: Tensor | None = None
+    residual_norms: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        parts = (self.packed, self.scales, self.signs, self.residual_norms)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+class TurboQuantizer:
+    """TurboQuant: a random rotation, then optimal scalar levels for each coordinate (arXiv 2504.19874).
+
+    Form "mse" (algorithm 1) keeps `bits` a coordinate and one scale s = |x|^2 / <x, x_hat> a vector, with which
+    s <q, x_hat> estimates <q, x> without bias (the correction of RaBitQ and EDEN). Form "prod" (algorithm 2) keeps bits
+    - 1 a coordinate, the signs of a random projection of the residual (QJL) and the residual's norm. It is here because
+    the paper
+    has it: at equal bits its inner products are noisier at every width above 1.
+
+    The levels are the Lloyd-Max levels of the exact law of a coordinate in dimension `dim`.
+
+    Args:
+        dim: 1 to 8192.
+        bits: width a coordinate: an integer from 1 to 8, a fraction, or a `BitPlan`.
+        form: "mse" or "prod".
+        rotation: "hadamard", "dense" or "identity" (the vectors' coordinates are alike already).
+        seed: any integer; with the other arguments it defines the codec for ever.
+        projection: of form "prod": "gaussian" (the paper's) or "orthogonal" (less noise).
+        scale_dtype: torch.float32, or torch.float16 where norms are known to be near 1.
+        device: where codes are made; None for the vectors' own device.
+        backend: see `kernels.select`.
+
+    Raises:
+        InvalidInputError: an argument is out of range; the message says which.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        bits: float | BitPlan = 4,
+        *,
+        form: Form = "mse",
+        rotation: str = "hadamard",
+        seed: int = 0,
+        projection: Literal["gaussian", "orthogonal"] = "gaussian",
+        scale_dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if form not in ("mse", "prod"):
+            raise InvalidInputError(f"form must be 'mse' or 'prod', got {form!r}")
+        self.dim, self.form, self.seed, self.backend = int(dim), form, int(seed), backend
+        self.rotation = make_rotation(rotation, self.dim, self.seed)
+        self.plan = BitPlan.of(self.dim, _less_one(bits) if form == "prod" else bits)
+        if form == "mse" and self.plan.bytes_per_vector == 0:
+            raise InvalidInputError(f"bits must be above 0 for form 'mse', got the plan {self.plan}")
+        if scale_dtype not in (torch.float32, torch.float16):
+            raise InvalidInputError(f"scale_dtype must be torch.float32 or torch.float16, got {scale_dtype}")
+        self.scale_dtype = scale_dtype
+        self.device = None if device is None else torch.device(device)
+        self.qjl = QJL(self.dim, self.seed, projection) if form == "prod" else None
+        self._tables: dict[torch.device, tuple[BandTable, ...]] = {}
+
+    def __repr__(self) -> str:
+        return f"TurboQuantizer(dim={self.dim}, plan={self.plan}, form={self.form!r}, rotation={self.rotation.name!r})"
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes kept for each vector: codes, scale, and for form "prod" signs and residual norm."""
+        extra = 0 if self.qjl is None else self.qjl.bytes_per_vector
+        return self.plan.bytes_per_vector + self.scale_dtype.itemsize + extra
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes of the vector in float32 over `bytes_per_vector`."""
+        return 4 * self.dim / self.bytes_per_vector
+
+    @property
+    def distortion(self) -> float:
+        """Expected |x - decode|^2 / |x|^2 of form "mse", exact for a Haar rotation."""
+        return self.plan.distortion(self.dim)
+
+    def tables(self, device: torch.device) -> tuple[BandTable, ...]:
+        """The plan's bands with their float32 tables on a device, as the kernels take them."""
+        if device not in self._tables:
+            tables = []
+            for band in self.plan.bands:
+                book = lloyd_max(band.width, self.dim)
+                boundaries, levels = (torch.from_numpy(t).float().to(device) for t in (book.boundaries, book.levels))
+                tables.append(BandTable(band.size, band.width, boundaries, levels))
+            self._tables[device] = tuple(tables)
+        return self._tables[device]
+
+    def encode(self, vectors: ArrayLike) -> Codes:
+        """Codes of vectors; equal vectors have equal codes, whatever batch they come in.
+
+        Args:
+            vectors: (n, dim) numpy or torch, float16, bfloat16, float32, float64 or integer, any strides, finite.
+
+        Raises:
+            InvalidInputError: wrong shape or dtype, or a value that is not finite (the first such row is named).
+        """
+        matrix = as_matrix(vectors, self.dim, "vectors", self.device)
+        encoded = self.encode_levels(matrix)
+        if self.qjl is None:
+            return Codes(encoded.packed, self.unbiased_scales(encoded.norms, encoded.dots))
+        scales = (encoded.norms / math.sqrt(self.dim)).to(self.scale_dtype)
+        estimate = kernels.reconstruct(encoded.packed, scales, self.tables(matrix.device), backend=self.backend)
+        residual = matrix - self.rotation.invert(estimate)
+        return Codes(encoded.packed, scales, *self.qjl.encode(residual))
+
+    def encode_levels(self, matrix: Tensor) -> kernels.Encoded:
+        """Codes of checked rows, (n, dim) float32, with what their scales are made from; see `kernels.encode`."""
+        tables = self.tables(matrix.device)
+        if isinstance(self.rotation, Hadamard):
+            return kernels.encode(matrix, tables, *self.rotation.tensors(matrix.device), backend=self.backend)
+        return kernels.encode(self.rotation.apply(matrix), tables, backend=self.backend)
+
+    def unbiased_scales(self, norms: Tensor, dots: Tensor) -> Tensor:
+        """s = |x| sqrt(d) / <u, levels>, (n,); 0 where there is nothing to estimate (a zero vector)."""
+        scales = norms * (math.sqrt(self.dim) / torch.where(dots > 0, dots, math.inf))
+        return scales.to(self.scale_dtype)
+
+    def decode(self, codes: Codes, *, unbiased: bool = False) -> Tensor:
+        """Approximate vectors of codes.
+
+        Args:
+            codes: what `encode` returned.
+            unbiased: for form "mse", False gives the estimate of least squared error; True the one whose inner product
+                with any query equals `inner_product`, longer by 1 / (1 - distortion). Form "prod" is unbiased in any
+                case.
+
+        Returns:
+            (n, dim) float32, on the codes' device.
+        """
+        scales = codes.scales.float()
+        if self.qjl is None and not unbiased:
+            scales = scales * (1.0 - self.distortion)
+        tables = self.tables(codes.packed.device)
+        vectors = self.rotation.invert(kernels.reconstruct(codes.packed, scales, tables, backend=self.backend))
+        if self.qjl is not None and codes.signs is not None and codes.residual_norms is not None:
+            vectors = vectors + self.qjl.decode(codes.signs, codes.residual_norms)
+        return vectors.contiguous()
+
+    def inner_product(self, queries: ArrayLike, codes: Codes) -> ArrayLike:
+        """Unbiased estimates of the inner products of queries with encoded vectors.
+
+        Args:
+            queries: (q, dim) or (dim,), dtypes as for `encode`.
+            codes: n encoded vectors.
+
+        Returns:
+            (q, n) or (n,) float32: numpy for numpy queries, else torch on the queries' device.
+        """
+        device = codes.packed.device
+        matrix = as_matrix(queries, self.dim, "queries", device, one=True)
+        rotated = self.rotation.apply(matrix)
+        products = kernels.inner_products(
+            rotated, codes.packed, codes.scales, self.tables(device), backend=self.backend
+        )
+        if self.qjl is not None and codes.signs is not None and codes.residual_norms is not None:
+            products = products + self.qjl.inner_product(matrix, codes.signs, codes.residual_norms)
+        return like(products[0] if queries.ndim == 1 else products, queries)
+
+
+def _less_one(bits: float | BitPlan) -> float | BitPlan:
+    if isinstance(bits, BitPlan):
+        return BitPlan.from_pairs([(size, width - 1) for size, width in bits.pairs()])
+    return bits - 1
