@@ -138,7 +138,7 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
     for tensor in tensors:
         rows = max(1, _CHUNK // max(1, tensor[:1].numel() * tensor.element_size()))
         for block in torch.split(tensor, rows):
-            yield memoryview(block.contiguous().cpu().numpy()).cast("B")
+            yield memoryview(block.contiguous().cpu().numpy().data).cast("B")
 
 
 def _sync_folder(folder: Path) -> None:
