@@ -1,11 +1,11 @@
 """FAISS product quantization at exactly the bytes per vector that another codec has: the rival everybody knows.
 
-`IndexPQ` wants the dimension to be a multiple of the number m of sub-quantizers. Where it is not, zeros are put between the
-coordinates, evenly spread (`RemapDimensionsTransform`), so that every byte of the code describes real coordinates and m can
-be any number of bytes.
+`IndexPQ` wants the dimension to be a multiple of the number m of sub-quantizers. Where it is not, zeros are put between
+the coordinates, evenly spread (`RemapDimensionsTransform`), so that every byte of the code describes real coordinates and
+m can be any number of bytes.
 
-`faiss.index_factory("PQ..")` turns polysemous training on: simulated annealing of the order of the centroids, about five
-seconds for each sub-quantizer, which ordinary search does not use. The constructor leaves it off, and so does this module.
+`faiss.index_factory(dim, "PQ..")` turns polysemous training on: simulated annealing of the order of the centroids, seconds
+for each sub-quantizer, which ordinary search does not use. The constructor leaves it off, and so does this module.
 """
 
 from typing import Any

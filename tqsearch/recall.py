@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 def recall(found: NDArray[Any], truth: NDArray[Any], true: int, returned: int) -> float:
     """The share of the `true` best neighbours that are among the first `returned` results, averaged over the queries.
 
-    Recall 10@10 is `recall(found, truth, 10, 10)`; recall 1@10, the chance that the best neighbour is among ten results,
-    is `recall(found, truth, 1, 10)`.
+    Recall 10@10 is `recall(found, truth, 10, 10)`; recall 1@10, the chance that the best neighbour is among ten
+    results, is `recall(found, truth, 1, 10)`.
 
     Args:
         found: (q, >= returned) ids as a search returned them, best first; negative for a missing result.

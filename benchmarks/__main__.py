@@ -1,0 +1,33 @@
+"""`python -m benchmarks NAME ...`: the threads are pinned before anything that starts threads is imported."""
+
+import argparse
+import importlib
+import sys
+
+from benchmarks.threads import pin, requested_threads
+
+# A benchmark is a module with `main(arguments) -> int`; adding one is one line.
+COMMANDS = {
+    "search": ("benchmarks.search", "TurboQuant against FAISS, turbovec and exact search at equal bytes per vector"),
+    "distortion": ("benchmarks.distortion", "the codec's distortion and inner-product error beside theory"),
+}
+
+
+def main(argv: list[str]) -> int:
+    listing = "\n".join(f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=f"benchmarks:\n{listing}",
+        epilog="`python -m benchmarks NAME --help` shows the options of one; --threads N pins the threads of any.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=COMMANDS, metavar="NAME")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    chosen = parser.parse_args(argv)
+    pin(requested_threads(chosen.arguments))
+    module = importlib.import_module(COMMANDS[chosen.name][0])
+    return int(module.main(chosen.arguments) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
