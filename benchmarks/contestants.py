@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.engines import Engine, FaissEngine, TurboQuantEngine, TurbovecEngine
-from tqsearch.faiss_pq import faiss_metric, faiss_pq, padded_dim, spread
+from tqsearch.faiss_pq import faiss_metric, faiss_pq, load_faiss, padded_dim, spread
 
 WIDTHS = (1, 2, 2.5, 3, 3.5, 4)
 QUICK_WIDTHS = (1, 2, 4)
@@ -39,7 +39,7 @@ class Family:
         label: a setting as text, for example a string of FAISS's factory.
         size: bytes per vector of a setting, in a dimension.
         build: an empty engine of a setting.
-        choices: its settings, when there are few; None where any number of bytes is possible, which is the setting then.
+        choices: its settings, when there are few; None where any number of bytes is one.
         nominal: those of the choices that always run.
         trained: the training is limited to a sample of rows.
         quick: it takes part in `--quick`.
@@ -93,7 +93,7 @@ def factory(pattern: str, **options: Any) -> Callable[[Problem, Any], Engine]:
     """Builds what `faiss.index_factory` makes of the pattern; `query_bits` is set on the index where given."""
 
     def build(problem: Problem, choice: Any) -> Engine:
-        import faiss
+        faiss = load_faiss()
 
         text = pattern.format(choice)
         index = faiss.index_factory(problem.dim, text, faiss_metric(problem.metric))
@@ -117,7 +117,7 @@ def build_pq(problem: Problem, code_bytes: int) -> Engine:
 
 
 def build_opq(problem: Problem, code_bytes: int) -> Engine:
-    import faiss
+    faiss = load_faiss()
 
     padded = padded_dim(problem.dim, code_bytes)
     pq = faiss.IndexPQ(padded, code_bytes, 8, faiss_metric(problem.metric))
@@ -131,7 +131,7 @@ def build_opq(problem: Problem, code_bytes: int) -> Engine:
 
 
 def build_pq_fast_scan(problem: Problem, code_bytes: int) -> Engine:
-    import faiss
+    faiss = load_faiss()
 
     padded = padded_dim(problem.dim, 2 * code_bytes)
     index = faiss.IndexPQFastScan(padded, 2 * code_bytes, 4, faiss_metric(problem.metric))
@@ -141,6 +141,10 @@ def build_pq_fast_scan(problem: Problem, code_bytes: int) -> Engine:
 
 def rabitq_size(dim: int, bits: int) -> int:
     return -(-dim // 8) + 8 if bits == 1 else -(-dim // 8) + -(-dim * (bits - 1) // 8) + 20
+
+
+def width_text(bits: float) -> str:
+    return f"{bits:g} bit" if bits == 1 else f"{bits:g} bits"
 
 
 def packed(dim: int, bits: float) -> int:
@@ -161,7 +165,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="TurboQuant",
-            label=lambda bits: f"{bits:g} bits",
+            label=width_text,
             size=packed,
             build=lambda problem, bits: TurboQuantEngine(problem.dim, bits, problem.metric, problem.seed),
             choices=(),  # the widths of the budgets: see `plan`
@@ -219,7 +223,7 @@ FAMILIES: dict[str, Family] = {
             build=factory("RR,EDEN{}"),
             choices=tuple(range(1, 9)),
             nominal=(1, 2, 3, 4),
-            note="IndexEDEN: QT_*bit_eden with two factors per vector; a plain ScalarQuantizer without them has far lower recall",
+            note="QT_*bit_eden with the two factors per vector of IndexEDEN; far less recall without them",
         ),
         Family(
             name="FAISS SQ tqmse",

@@ -1,5 +1,7 @@
 """One interface over everything that is measured: train, add, search, bytes per vector."""
 
+import importlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,9 +100,8 @@ class TurbovecEngine:
     GROWTH_ROWS = 2048
 
     def __init__(self, dim: int, bits: int) -> None:
-        import turbovec
-
-        self._new = lambda: turbovec.TurboQuantIndex(dim, bits)
+        module = importlib.import_module("turbovec")
+        self._new: Callable[[], Any] = lambda: module.TurboQuantIndex(dim, bits)
         self._dim = dim
         self.index = self._new()
 

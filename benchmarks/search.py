@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.contestants import FAMILIES, Problem, plan
 from benchmarks.environment import REPOSITORY, environment
 from benchmarks.metrics import recalls
 from benchmarks.threads import usable_cores
 from tqsearch.datasets import Dataset, load_dataset
+from tqsearch.demo import first_queries, unit_rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEPTH = 100
@@ -55,19 +57,7 @@ def smaller(data: Dataset, effort: Effort) -> Dataset:
     if effort.base_rows is not None and effort.base_rows < len(data.train):
         train, test = data.train[: effort.base_rows], data.test[:queries]
         return dataclasses.replace(data, train=train, test=test, neighbors=None, distances=None)
-    first = {
-        name: None if (array := getattr(data, name)) is None else array[:queries] for name in ("neighbors", "distances")
-    }
-    return dataclasses.replace(data, test=data.test[:queries], **first)
-
-
-def as_contested(vectors: np.ndarray[Any, Any], metric: str) -> np.ndarray[Any, Any]:
-    """float32, and of norm 1 for cosine: what every contestant is given."""
-    matrix = np.ascontiguousarray(vectors, dtype=np.float32)
-    if metric == "cosine":
-        norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-        matrix = matrix / np.where(norms > 0, norms, 1)
-    return matrix
+    return first_queries(data, queries)
 
 
 def run_one(job: dict[str, Any], folder: Path, name: str, limit: int) -> dict[str, Any]:
@@ -137,9 +127,9 @@ def main(arguments: list[str]) -> int:
     target = options.out / f"search-{data.name}{'-quick' if options.quick else ''}.json"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        files = {
-            "train": as_contested(data.train, data.metric),
-            "test": as_contested(data.test, data.metric),
+        files: dict[str, NDArray[Any]] = {
+            "train": unit_rows(data.train, data.metric),
+            "test": unit_rows(data.test, data.metric),
             "truth": data.ground_truth(min(DEPTH, len(data.train))),
         }
         for name, array in files.items():

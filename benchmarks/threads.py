@@ -1,7 +1,7 @@
 """Pinning of threads: the same number for every contestant, set before its libraries are loaded.
 
 FAISS takes its threads from OpenMP, and the OpenBLAS inside its wheel is the OpenMP build, so `OMP_NUM_THREADS` governs
-both. numpy brings another OpenBLAS with threads of its own: it gets one, so that it never competes. turbovec uses rayon.
+both. numpy brings another OpenBLAS with threads of its own: it gets one. turbovec uses rayon.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""One contestant at one setting, in a process of its own: `python -m benchmarks.worker JOB.json`, for `benchmarks.search`.
+"""One contestant at one setting, in a process of its own: `python -m benchmarks.worker JOB.json`.
 
 A process each keeps the thread pools of torch, FAISS and turbovec apart, gives the memory back, and turns a crash in
 native code into an error row. The job is a JSON file; the results are `JOB.out.json` (times) and `JOB.ids.npy` (ids).

@@ -1,18 +1,18 @@
 """FAISS product quantization at exactly the bytes per vector that another codec has: the rival everybody knows.
 
 `IndexPQ` wants the dimension to be a multiple of the number m of sub-quantizers. Where it is not, zeros are put between
-the coordinates, evenly spread (`RemapDimensionsTransform`), so that every byte of the code describes real coordinates and
-m can be any number of bytes.
+the coordinates, evenly spread (`RemapDimensionsTransform`), so that every byte of the code describes real coordinates
+and m can be any number of bytes.
 
-`faiss.index_factory(dim, "PQ..")` turns polysemous training on: simulated annealing of the order of the centroids, seconds
-for each sub-quantizer, which ordinary search does not use. The constructor leaves it off, and so does this module.
+`faiss.index_factory(dim, "PQ..")` turns polysemous training on: simulated annealing of the order of the centroids,
+seconds for each sub-quantizer, which ordinary search does not use. The constructor leaves it
+off, and so does this module.
 """
 
+import importlib
 from typing import Any
 
 from tqsearch.errors import InvalidInputError
-
-ROWS_PER_TRAINING = 256 * 39  # below this FAISS warns that 256 centroids have too few points
 
 
 def faiss_pq(dim: int, code_bytes: int, metric: str, *, iterations: int = 25) -> Any:
@@ -27,7 +27,7 @@ def faiss_pq(dim: int, code_bytes: int, metric: str, *, iterations: int = 25) ->
     Raises:
         InvalidInputError: more bytes than coordinates.
     """
-    import faiss
+    faiss = load_faiss()
 
     if not 1 <= code_bytes <= dim:
         raise InvalidInputError(f"code_bytes must be from 1 to {dim}, a byte for each dimension, got {code_bytes}")
@@ -44,7 +44,7 @@ def padded_dim(dim: int, parts: int) -> int:
 
 def spread(index: Any, dim: int, padded: int) -> Any:
     """The index behind a transform that puts zeros between the coordinates; the index itself where none are needed."""
-    import faiss
+    faiss = load_faiss()
 
     if padded == dim:
         return index
@@ -52,8 +52,13 @@ def spread(index: Any, dim: int, padded: int) -> Any:
     return faiss.IndexPreTransform(transform, index)
 
 
+def load_faiss() -> Any:
+    """The module, imported when first asked for; untyped, as the types in its wheel do not cover what is used here."""
+    return importlib.import_module("faiss")
+
+
 def faiss_metric(metric: str) -> int:
     """The constant of FAISS for `l2`, and inner product for `ip` and `cosine`."""
-    import faiss
+    faiss = load_faiss()
 
     return int(faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)

@@ -1,0 +1,151 @@
+"""Markdown tables from results: a search at equal bytes, and any result that is a list of columns and rows."""
+
+from typing import Any
+
+COMPACT_WIDTHS = ("1", "2", "4")
+OURS = "TurboQuant"
+EXACT = "exact"
+BELOW = 0.9  # a setting with up to a tenth fewer bytes than the budget is shown too
+ABOVE = 1.5
+HEADER = (
+    "budget",
+    "codec",
+    "bytes",
+    "recall 10@10",
+    "recall 1@1",
+    "train s",
+    "add s",
+    "queries/s, 1 at a time",
+    "by 32",
+    "by 1000",
+)
+
+
+def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table of GitHub's Markdown; the first `left` columns are text, the others are aligned to the right."""
+    rule = ["---" if position < left else "---:" for position in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def number(value: Any) -> str:
+    """A cell: text as it is, numbers with three or four significant digits."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.05 else "0"
+
+
+def rate(value: float) -> str:
+    """Three significant digits: more are noise."""
+    return f"{float(f'{value:.3g}'):,.0f}"
+
+
+def generic(result: dict[str, Any]) -> str:
+    """The table of a result with `columns` and `rows`."""
+    rows = [[number(value) for value in row] for row in result["rows"]]
+    text = [any(isinstance(row[position], str) for row in result["rows"]) for position in range(len(result["columns"]))]
+    left = text.index(False) if False in text else len(text)
+    parts = [markdown([str(name) for name in result["columns"]], rows, left)]
+    if "environment" in result:
+        parts.append(provenance(result["environment"]))
+    return "\n\n".join(parts)
+
+
+def at_budget(runs: list[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
+    """The runs of one family that are compared at a budget.
+
+    They are the cheapest that is not below it and not above 1.5 of it, and the dearest that is less than a tenth below.
+    """
+    done = sorted((run for run in runs if "error" not in run), key=lambda run: float(run["bytes_per_vector"]))
+    enough = [run for run in done if budget <= run["bytes_per_vector"] <= ABOVE * budget]
+    near = [run for run in done if BELOW * budget <= run["bytes_per_vector"] < budget]
+    return near[-1:] + enough[:1]
+
+
+def families(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs by family, in the order in which they ran."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for run in result["runs"]:
+        grouped.setdefault(run["family"], []).append(run)
+    return grouped
+
+
+def cells(budget: str, run: dict[str, Any]) -> list[str]:
+    recall, qps = run["recall"], run["qps"]
+    name = run["family"] if run["family"] == EXACT else f"{run['family']}, `{run['setting']}`"
+    values = [
+        budget,
+        name,
+        number(run["bytes_per_vector"]),
+        f"{recall['10@10']:.3f}",
+        f"{recall['1@1']:.3f}",
+        seconds(run["train_seconds"]),
+        seconds(run["add_seconds"]),
+        *(rate(qps[batch]) for batch in ("1", "32", "1000")),
+    ]
+    if run["family"] == OURS:
+        values[1:] = [f"**{value}**" for value in [f"{OURS}, {run['setting']}", *values[2:]]]
+    return values
+
+
+def search(result: dict[str, Any], *, full: bool = False) -> str:
+    """TurboQuant and every rival at its bytes per vector.
+
+    Args:
+        result: of `benchmarks.search`.
+        full: at every width, not only at 1, 2 and 4 bits.
+    """
+    grouped = families(result)
+    rows: list[list[str]] = []
+    for width, budget in result["budgets"].items():
+        if not full and width not in COMPACT_WIDTHS:
+            continue
+        name = f"{width} bit{'' if width == '1' else 's'}, {budget} B"
+        ours = [run for run in grouped.get(OURS, []) if f"{run['parameter']:g}" == width and "error" not in run]
+        others = [runs for family, runs in grouped.items() if family not in (OURS, EXACT)]
+        for run in ours + [run for runs in others for run in at_budget(runs, budget)]:
+            rows.append(cells(name, run))
+            name = ""
+    rows += [cells("none", run) for run in grouped.get(EXACT, []) if "error" not in run]
+    data = result["dataset"]
+    effort = result["effort"]
+    caption = (
+        f"{data['name']}: {data['vectors']:,} vectors of {data['dim']} dimensions, {data['metric']},"
+        f" {data['queries']:,} queries; PQ is trained on {min(effort['training_rows'], data['vectors']):,} rows."
+    )
+    parts = [markdown(list(HEADER), rows, 2), caption + " " + provenance(result["environment"])]
+    if full:
+        parts += remarks(result)
+    return "\n\n".join(parts)
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """Notes on the contestants, who was left out, and which runs failed: a list, as one part."""
+    lines = [f"- {name}: {note}" for name, note in result["notes"].items()]
+    lines += [f"- {name} is left out: {reason}" for name, reason in result["left_out"].items()]
+    lines += [
+        f"- {run['family']} `{run['setting']}` failed: {run['error']}" for run in result["runs"] if "error" in run
+    ]
+    return ["\n".join(lines)] if lines else []
+
+
+def provenance(environment: dict[str, Any]) -> str:
+    """One line: on what it was measured, with what, when."""
+    versions = environment.get("versions", {})
+    names = ", ".join(f"{name} {version}" for name, version in versions.items() if version and name != "triton")
+    threads = environment.get("threads")
+    parts = [
+        str(environment.get("device", "")),
+        f"{threads} threads" if threads else "",
+        names,
+        f"commit {environment['commit']}" if environment.get("commit") else "",
+        str(environment.get("date", "")),
+    ]
+    return "Measured on " + "; ".join(part for part in parts if part) + "."
