@@ -57,7 +57,7 @@ def _fold(fields: Tensor, plane: int, out: Tensor) -> None:
     spare = -fields.shape[0] % per_byte
     if spare:
         fields = torch.cat([fields, fields.new_zeros((spare, fields.shape[1]))])
-    groups = fields.view(-1, per_byte, fields.shape[1])
+    groups = fields.view(len(fields) // per_byte, per_byte, fields.shape[1])
     out.copy_(groups[:, FIELD_ORDER[plane][0]])
     for position, coordinate in enumerate(FIELD_ORDER[plane][1:], start=1):
         out |= groups[:, coordinate] << (position * plane)

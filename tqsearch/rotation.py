@@ -144,7 +144,7 @@ class Hadamard:
 
     def invert(self, vectors: Tensor) -> Tensor:
         """The inverse of `apply`: each block is its own inverse up to the factor that `factors` holds."""
-        columns = _working(vectors).t().contiguous()
+        columns = _working(vectors).t().clone(memory_format=torch.contiguous_format)  # the butterflies write into it
         factors, orders = self.tensors(columns.device, columns.dtype)
         for index in reversed(range(self.rounds)):
             columns = _butterflies(columns) * factors[index, :, None]
