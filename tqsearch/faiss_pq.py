@@ -34,6 +34,7 @@ def faiss_pq(dim: int, code_bytes: int, metric: str, *, iterations: int = 25) ->
     padded = padded_dim(dim, code_bytes)
     index = faiss.IndexPQ(padded, code_bytes, 8, faiss_metric(metric))
     index.pq.cp.niter = iterations
+    index.pq.cp.min_points_per_centroid = 1  # or FAISS warns once for each sub-quantizer trained on under 9,984 rows
     return spread(index, dim, padded)
 
 
