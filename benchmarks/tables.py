@@ -61,12 +61,16 @@ def generic(result: dict[str, Any]) -> str:
 def at_budget(runs: list[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
     """The runs of one family that are compared at a budget.
 
-    They are the cheapest that is not below it and not above 1.5 of it, and the dearest that is less than a tenth below.
+    They are the cheapest that is not below it and not above 1.5 of it, and the dearest that is less than a tenth below;
+    of two with the same bytes, the one with more recall.
     """
-    done = sorted((run for run in runs if "error" not in run), key=lambda run: float(run["bytes_per_vector"]))
+    done = [run for run in runs if "error" not in run]
+    done.sort(key=lambda run: float(run["recall"]["10@10"]), reverse=True)
+    done.sort(key=lambda run: float(run["bytes_per_vector"]))
     enough = [run for run in done if budget <= run["bytes_per_vector"] <= ABOVE * budget]
     near = [run for run in done if BELOW * budget <= run["bytes_per_vector"] < budget]
-    return near[-1:] + enough[:1]
+    most = max((run["bytes_per_vector"] for run in near), default=None)
+    return [run for run in near if run["bytes_per_vector"] == most][:1] + enough[:1]
 
 
 def families(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -129,3 +129,9 @@ def test_a_rival_is_shown_at_the_budget_or_just_below_it() -> None:
     assert [shown["bytes_per_vector"] for shown in tables.at_budget(runs, 12)] == [11]
     assert [shown["bytes_per_vector"] for shown in tables.at_budget(runs, 15)] == [20]
     assert tables.at_budget(runs, 30) == []
+
+
+def test_of_equal_bytes_the_better_is_shown() -> None:
+    runs = [run("r", "worse", 3, 10, 0.5), run("r", "better", 4, 10, 0.6)]
+    for budget in (10, 10.5):
+        assert [shown["setting"] for shown in tables.at_budget(runs, budget)] == ["better"]
