@@ -122,7 +122,8 @@ def search(result: dict[str, Any], *, full: bool = False) -> str:
     effort = result["effort"]
     caption = (
         f"{data['name']}: {data['vectors']:,} vectors of {data['dim']} dimensions, {data['metric']},"
-        f" {data['queries']:,} queries; PQ is trained on {min(effort['training_rows'], data['vectors']):,} rows."
+        f" {data['queries']:,} queries; PQ is trained on {min(effort['training_rows'], data['vectors']):,} rows,"
+        f" {effort['pq_iterations']} iterations."
     )
     parts = [markdown(list(HEADER), rows, 2), caption + " " + provenance(result["environment"])]
     if full:

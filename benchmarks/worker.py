@@ -19,8 +19,8 @@ from benchmarks.engines import Engine, Ids, Vectors
 from benchmarks.threads import pin_loaded, pools
 
 BATCHES = (1, 32, 1000)
-MOST_CALLS = {1: 200, 32: 30, 1000: 5}
-SECONDS_PER_BATCH = 3.0  # no new call is started after this
+MOST_CALLS = {1: 200, 32: 30, 1000: 3}
+SECONDS_PER_BATCH = 2.0  # no new call is started after this
 SEARCH_ROWS = 250
 K = 10
 

@@ -27,7 +27,7 @@ RESULT = {
     "benchmark": "search",
     "environment": ENVIRONMENT,
     "dataset": {"name": "tiny", "metric": "cosine", "dim": 64, "vectors": 100, "queries": 10},
-    "effort": {"quick": False, "training_rows": 20000},
+    "effort": {"quick": False, "training_rows": 20000, "pq_iterations": 25},
     "budgets": {"1": 10, "2.5": 22, "4": 34},
     "left_out": {"slow": "too slow"},
     "notes": {"FAISS PQ": "a note"},
