@@ -206,18 +206,24 @@ def _distortion(law: Law, thresholds: Array, half: Array) -> float:
 
 
 def on_grid(codebook: Codebook, offset: float = 127.0, dim: int | None = None) -> GridCodebook:
-    """The codebook's levels rounded to a uniform integer grid that spans the table.
+    """The codebook's levels rounded to a uniform integer grid, of the step that distorts least.
 
     Args:
         codebook: levels to round, of width >= 1.
         offset: 127.0 for int8 values of -127 to 127, 63.5 for steps of 0 to 127.
-        dim: the law of the coordinate, as for `lloyd_max`; it decides the stated distortion only.
+        dim: the law of the coordinate, as for `lloyd_max`.
     """
-    step = float(codebook.levels[-1]) / offset
-    count = len(codebook.levels) // 2
-    upper = np.rint(codebook.levels[count:] / step + offset).astype(np.int64)
-    steps = np.concatenate([int(2 * offset) - upper[::-1], upper])
+    half = codebook.levels[len(codebook.levels) // 2 :]
     law = law_of(dim)
-    half = codebook.levels[count:]
-    rounded: Array = (upper.astype(np.float64) - offset) * step
-    return GridCodebook(steps, offset, step, _distortion(law, half, rounded))
+    best: GridCodebook | None = None
+    for stretch in np.linspace(
+        1.0, 1.25, 501
+    ):  # a wider step aligns the inner levels and leaves the outer steps unused
+        step = float(half[-1]) / offset * float(stretch)
+        upper = np.rint(half / step + offset).astype(np.int64)
+        rounded: Array = (upper.astype(np.float64) - offset) * step
+        distortion = 0.0 if isinstance(law, BetaLaw) and law.dim == 1 else _distortion(law, half, rounded)
+        if best is None or distortion < best.distortion:
+            best = GridCodebook(np.concatenate([int(2 * offset) - upper[::-1], upper]), offset, step, distortion)
+    assert best is not None
+    return best

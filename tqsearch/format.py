@@ -18,7 +18,8 @@ The tensors, none if `count` is 0, in this order, without gaps:
 
 ========== ===== ===================== =================================================================================
 `ids`      I64   [count]               only if the ids are not 0, 1, 2, ... in the order of the rows
-`bias`     F32   [count]               only for metric "l2": -|x|^2
+`centre`   F32   [dim]                 only if the index was trained, also if `count` is 0: c, taken off every vector
+`bias`     F32   [count]               only for metric "l2": -|x - c|^2
 `scales`   F16   [count]               F32 unless the metric is "cosine"; see `quantizer`
 `packed`   U8    [count, row bytes]    the codes, in the layout of `packing`
 ========== ===== ===================== =================================================================================
@@ -35,7 +36,8 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,8 +53,9 @@ from tqsearch.segments import Columns
 FORMAT = "tqsearch-index"
 VERSION = 1
 _PREFIX = b'{"__metadata__":{"format":"' + FORMAT.encode() + b'"'
-_ORDER = ("ids", "bias", "scales", "packed")
+_ORDER = ("ids", "centre", "bias", "scales", "packed")
 _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
+_BINARY = getattr(os, "O_BINARY", 0)  # on Windows
 _CHUNK = 32 << 20  # bytes hashed and written at a time
 
 
@@ -73,32 +76,41 @@ class Header:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
 
-def write(path: str | os.PathLike[str], header: Header, segments: Sequence[Columns]) -> None:
+def write(
+    path: str | os.PathLike[str], header: Header, segments: Sequence[Columns], centre: Tensor | None = None
+) -> None:
     """Writes an index, whole or not at all, a block at a time.
 
     Args:
         path: the file; an existing one is replaced once the new one is safe on the disk.
         header: the codec and the counts.
         segments: the columns of consecutive runs of rows, on any device.
+        centre: (dim,) float32, or None.
     """
     target = Path(path)
-    names = [name for name in _ORDER if segments and name in segments[0]]
-    entries = {name: (_DTYPES[segments[0][name].dtype], [header.count, *segments[0][name].shape[1:]]) for name in names}
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    tensors = {name: [columns[name] for columns in segments] for name in (segments[0] if segments else ())}
+    if centre is not None:
+        tensors["centre"] = [centre]
+    tensors = {name: tensors[name] for name in _ORDER if name in tensors}
+    mode = target.stat().st_mode & 0o777 if target.exists() else None
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    # The system takes the umask off a new file's mode: to ask for the umask is to set it, for all threads.
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666 if mode is None else 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_head(header, entries, segments, "0" * 64))
+            file.write(_head(header, tensors, "0" * 64))
             digest = hashlib.sha256(header.text().encode())
-            for name, (dtype, shape) in entries.items():
-                digest.update(_label(name, dtype, shape))
-                for chunk in _chunks([columns[name] for columns in segments]):
+            for name, parts in tensors.items():
+                digest.update(_label(name, parts))
+                for chunk in _chunks(parts):
                     digest.update(chunk)
                     file.write(chunk)
             file.seek(0)
-            file.write(_head(header, entries, segments, digest.hexdigest()))
+            file.write(_head(header, tensors, digest.hexdigest()))
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _permissions(target))
+        if mode is not None:
+            os.chmod(temporary, mode)
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -107,30 +119,29 @@ def write(path: str | os.PathLike[str], header: Header, segments: Sequence[Colum
     _sync_folder(target.parent)
 
 
-def _permissions(target: Path) -> int:
-    """The mode of the file that is replaced, or of a new one; a temporary file's own is 0600."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _head(header: Header, entries: dict[str, tuple[str, list[int]]], segments: Sequence[Columns], sha256: str) -> bytes:
+def _head(header: Header, tensors: dict[str, list[Tensor]], sha256: str) -> bytes:
     metadata = {"format": FORMAT, "version": str(VERSION), "header": header.text(), "sha256": sha256}
     content: dict[str, object] = {"__metadata__": metadata}
     offset = 0
-    for name, (dtype, shape) in entries.items():
-        size = sum(columns[name].numel() * columns[name].element_size() for columns in segments)
-        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+    for name, parts in tensors.items():
+        size = sum(part.numel() * part.element_size() for part in parts)
+        content[name] = {
+            "dtype": _DTYPES[parts[0].dtype],
+            "shape": _shape(parts),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _label(name: str, dtype: str, shape: Sequence[int]) -> bytes:
-    return f"{name} {dtype} {json.dumps(list(shape), separators=(',', ':'))}".encode()
+def _shape(parts: Sequence[Tensor]) -> list[int]:
+    return [sum(len(part) for part in parts), *parts[0].shape[1:]]
+
+
+def _label(name: str, parts: Sequence[Tensor]) -> bytes:
+    return f"{name} {_DTYPES[parts[0].dtype]} {json.dumps(_shape(parts), separators=(',', ':'))}".encode()
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
@@ -162,8 +173,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return _parsed(path, _metadata(path, container.metadata()))
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Header, Columns]:
-    """Reads and verifies an index; the tensors stay memory-mapped.
+def read(path: str | os.PathLike[str]) -> tuple[Header, Columns, Tensor | None]:
+    """Reads and verifies an index: its header, its columns and its centre; the tensors stay memory-mapped.
 
     Raises:
         ForeignFileError: not a file of this format.
@@ -178,14 +189,17 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, Columns]:
     digest = hashlib.sha256(metadata["header"].encode())
     for name in _ORDER:
         if name in columns and columns[name].dtype in _DTYPES:
-            digest.update(_label(name, _DTYPES[columns[name].dtype], columns[name].shape))
+            digest.update(_label(name, [columns[name]]))
             for chunk in _chunks([columns[name]]):
                 digest.update(chunk)
     if digest.hexdigest() != metadata["sha256"]:
         raise CorruptFileError(f"{path} is altered: its checksum does not match its content; restore it from a copy")
     header = _parsed(path, metadata)
+    centre = columns.pop("centre", None)
+    if centre is not None and (centre.dtype, centre.shape) != (torch.float32, (header.dim,)):
+        raise CorruptFileError(f"{path} is not consistent: its centre has shape {tuple(centre.shape)}")
     _check_columns(path, header, columns)
-    return header, columns
+    return header, columns, centre
 
 
 def _check_prefix(path: Path) -> None:
@@ -212,7 +226,7 @@ def _metadata(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> 
     wanted = {"format", "version", "header", "sha256"}
     if metadata is None or metadata.get("format") != FORMAT or not wanted <= metadata.keys():
         raise CorruptFileError(f"{path} is altered: its metadata lack an entry; restore it from a copy")
-    if not metadata["version"].isascii() or not metadata["version"].isdigit():
+    if not re.fullmatch("[1-9][0-9]{0,8}", metadata["version"]):
         raise CorruptFileError(f"{path} is altered: its version is {metadata['version']!r}; restore it from a copy")
     if int(metadata["version"]) > VERSION:
         raise NewerFormatError(
@@ -226,21 +240,29 @@ def _parsed(path: str | os.PathLike[str], metadata: dict[str, str]) -> Header:
         fields = json.loads(metadata["header"])
         plan = [(int(size), int(width)) for size, width in fields.pop("plan")]
         header = Header(plan=plan, **fields)
-        BitPlan.from_pairs(plan)
+        if BitPlan.from_pairs(plan).dim != header.dim:
+            raise ValueError(f"its plan covers {BitPlan.from_pairs(plan).dim} coordinates of {header.dim}")
+        if not all(type(n) is int for n in (header.dim, header.seed, header.count, header.next_id)):
+            raise ValueError("a number is not an integer")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptFileError(f"{path} is altered: its header cannot be read ({error})") from error
     return header
 
 
 def _check_columns(path: str | os.PathLike[str], header: Header, columns: Columns) -> None:
-    wanted: dict[str, tuple[int, ...]] = {}
-    if header.count:
+    count = header.count
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if count:
         row_bytes = BitPlan.from_pairs(header.plan).bytes_per_vector
-        wanted = {"scales": (header.count,), "packed": (header.count, row_bytes)}
+        wanted["scales"] = (torch.float16 if header.metric == "cosine" else torch.float32, (count,))
+        wanted["packed"] = (torch.uint8, (count, row_bytes))
         if header.metric == "l2":
-            wanted["bias"] = (header.count,)
+            wanted["bias"] = (torch.float32, (count,))
         if "ids" in columns:
-            wanted["ids"] = (header.count,)
-    found = {name: tuple(column.shape) for name, column in columns.items()}
+            wanted["ids"] = (torch.int64, (count,))
+    found = {name: (column.dtype, tuple(column.shape)) for name, column in columns.items()}
     if found != wanted:
         raise CorruptFileError(f"{path} is not consistent: its header asks for tensors {wanted}, it holds {found}")
+    ids = columns.get("ids", torch.tensor([count - 1]))
+    if count and (ids.min() < 0 or ids.max() >= header.next_id or len(ids.unique()) != len(ids)):
+        raise CorruptFileError(f"{path} is not consistent: its ids are not distinct numbers below {header.next_id}")

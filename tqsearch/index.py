@@ -15,7 +15,7 @@ from torch import Tensor
 from tqsearch import format as file_format
 from tqsearch import kernels
 from tqsearch.arrays import ArrayLike, IdsLike, as_ids, as_matrix, like
-from tqsearch.errors import DuplicateIdError, InvalidInputError, UnknownIdError
+from tqsearch.errors import CorruptFileError, DuplicateIdError, InvalidInputError, UnknownIdError
 from tqsearch.ids import IdMap, Ids
 from tqsearch.kernels.reference import merge_top_k
 from tqsearch.locks import ReadWriteLock
@@ -28,10 +28,11 @@ METRICS = ("ip", "cosine", "l2")
 
 _GATHER_SHARE = 8  # a filter that allows less than one row in this many is scanned by gathering those rows
 _GATHER_BLOCK = 1 << 16
+_LARGEST_ID = np.iinfo(np.int64).max
 
 
 class TurboQuantIndex:
-    """Vectors as TurboQuant codes, searched without decompressing them. Nothing is trained.
+    """Vectors as TurboQuant codes, searched without decompressing them. Nothing needs training.
 
     A vector costs `bytes_per_vector`: its codes, a scale (2 bytes for cosine, else 4) and for l2 its squared norm (4).
     Scores estimate the metric of the vectors given, without bias over the choice of the seed.
@@ -65,14 +66,7 @@ class TurboQuantIndex:
         if metric not in METRICS:
             raise InvalidInputError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
         self.metric: Metric = metric
-        self._quantizer = TurboQuantizer(
-            dim,
-            bits,
-            rotation=rotation,
-            seed=seed,
-            scale_dtype=torch.float16 if metric == "cosine" else torch.float32,
-            backend=backend,
-        )
+        self._quantizer = _quantizer(dim, bits, metric, rotation, seed, backend, None)
         self._device = torch.device("cpu" if device is None else device)
         kernels.select(backend, self._device)
         self._rows = SegmentedRows()
@@ -117,13 +111,15 @@ class TurboQuantIndex:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for all vectors and ids, counted from the storages."""
-        return self._rows.nbytes + self._ids.nbytes
+        with self._lock.read():
+            return self._rows.nbytes + self._ids.nbytes
 
     def __len__(self) -> int:
-        return len(self._rows)
+        with self._lock.read():
+            return len(self._rows)
 
     def __contains__(self, id: object) -> bool:
-        if not isinstance(id, int | np.integer) or isinstance(id, bool):
+        if not isinstance(id, int | np.integer) or isinstance(id, bool) or not 0 <= id <= _LARGEST_ID:
             return False
         with self._lock.read():
             return bool(self._ids.rows(np.array([id], dtype=np.int64))[0] >= 0)
@@ -135,6 +131,38 @@ class TurboQuantIndex:
             return np.sort(self._ids_of_rows().cpu().numpy())
 
     # Changes
+
+    def train(self, sample: ArrayLike) -> None:
+        """Learns the centre of the vectors to come, the mean of a sample; optional, and only while the index is empty.
+
+        What is coded is then the difference to the centre. It costs no bytes a vector and helps where the mean is far
+        from
+        zero: pixels, descriptors such as SIFT, and most embeddings.
+
+        Args:
+            sample: (n, dim), as for `add`; a few thousand rows drawn at random from the vectors to come.
+
+        Raises:
+            InvalidInputError: no rows, bad rows, or the index holds vectors already; it is unchanged.
+        """
+        matrix = as_matrix(sample, self.dim, "sample", self._device)
+        if not len(matrix):
+            raise InvalidInputError(f"sample must have at least one row, got shape {tuple(sample.shape)}")
+        if self.metric == "cosine":
+            matrix = _unit(matrix)
+        centre = matrix.double().mean(dim=0).float()
+        old = self._quantizer
+        with self._lock.write():
+            if len(self._rows):
+                raise InvalidInputError(f"train must come before add, got an index of {len(self._rows)} vectors")
+            self._quantizer = _quantizer(
+                self.dim, self.plan, self.metric, old.rotation.name, old.seed, old.backend, centre
+            )
+
+    @property
+    def centre(self) -> npt.NDArray[np.float32] | None:
+        """What is taken off every vector before it is coded, (dim,) float32; None unless trained."""
+        return None if self._quantizer.centre is None else self._quantizer.centre.numpy().copy()
 
     def add(self, vectors: ArrayLike, ids: IdsLike | None = None) -> None:
         """Adds vectors. Adding in parts makes the same index, byte for byte, as adding at once.
@@ -149,20 +177,21 @@ class TurboQuantIndex:
         """
         matrix = as_matrix(vectors, self.dim, "vectors", self._device)
         given = None if ids is None else self._new_ids(ids, len(matrix))
+        if not len(matrix):
+            return
         columns = self._encode(matrix)
         with self._lock.write():
             if given is None:
                 first = self._next_id
-                if first + len(matrix) > np.iinfo(np.int64).max:
+                if first + len(matrix) - 1 > _LARGEST_ID:
                     raise InvalidInputError("no ids are left after the largest; give ids explicitly")
-                assigned = np.arange(first, first + len(matrix), dtype=np.int64)
+                assigned = first + np.arange(len(matrix), dtype=np.int64)
             else:
                 assigned = given
                 taken = assigned[self._ids.rows(assigned) >= 0]
                 if len(taken):
                     raise DuplicateIdError(f"ids must be new, got {taken[0]}, which is in the index")
-            if len(matrix):
-                self._append(columns, assigned)
+            self._append(columns, assigned)
 
     def _new_ids(self, ids: IdsLike, count: int) -> Ids:
         array = as_ids(ids, "ids")
@@ -184,8 +213,7 @@ class TurboQuantIndex:
             raise InvalidInputError(
                 f"vectors must have {what} that are finite in float32, got an overflow in row {row}"
             )
-        norms = torch.ones_like(squares) if self.metric == "cosine" else encoded.norms
-        columns = {"packed": encoded.packed, "scales": self._quantizer.unbiased_scales(norms, encoded.dots)}
+        columns = {"packed": encoded.packed, "scales": self._quantizer.unbiased_scales(encoded.norms, encoded.dots)}
         if self.metric == "l2":
             columns["bias"] = -squares
         return columns
@@ -288,7 +316,8 @@ class TurboQuantIndex:
             Both numpy for numpy queries, else torch on the queries' device.
 
         Raises:
-            InvalidInputError: wrong shape or dtype, a value that is not finite, or k < 1.
+            InvalidInputError: wrong shape or dtype, a value that is not finite, k < 1, or for "ip" and "l2" a query
+                whose squared norm overflows float32.
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise InvalidInputError(f"k must be an integer of at least 1, got {k!r}")
@@ -309,7 +338,7 @@ class TurboQuantIndex:
                     f"a bool mask must have one entry for each id up to the largest there ever was, shape "
                     f"({self._next_id},), got {values.shape}"
                 )
-            return torch.from_numpy(values).to(self._device)[self._ids_of_rows()]
+            return torch.from_numpy(values.copy()).to(self._device)[self._ids_of_rows()]  # any strides, read-only
         rows = self._ids.rows(as_ids(values, "allow"))
         mask = torch.zeros(len(self._rows), dtype=torch.bool)
         mask[torch.from_numpy(rows[rows >= 0])] = True
@@ -318,9 +347,19 @@ class TurboQuantIndex:
     def _search(self, queries: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.metric == "cosine":
             queries = _unit(queries)
-        rotated = self._quantizer.rotation.apply(queries).contiguous()
+        squares = (queries * queries).sum(dim=1, keepdim=True)
+        if not torch.isfinite(squares).all():  # products would overflow, and infinities of both signs make NaN
+            row = int((~torch.isfinite(squares)).nonzero()[0, 0])
+            raise InvalidInputError(
+                f"queries must have squared norms that are finite in float32, got an overflow in row {row}"
+            )
+        centre = None if self._quantizer.centre is None else self._quantizer.centre.to(self._device)
         if self.metric == "l2":
-            rotated = 2.0 * rotated
+            queries = queries if centre is None else queries - centre
+            constant = -(queries * queries).sum(dim=1, keepdim=True)
+        else:
+            constant = queries.new_zeros((len(queries), 1)) if centre is None else (queries @ centre)[:, None]
+        rotated = self._quantizer.rotation.apply(2.0 * queries if self.metric == "l2" else queries).contiguous()
         scores = torch.full((len(queries), k), -math.inf, device=self._device)
         ids = torch.full((len(queries), k), -1, dtype=torch.int64, device=self._device)
         for start, columns in self._rows.runs():
@@ -339,9 +378,8 @@ class TurboQuantIndex:
                 local = places if rows is None else rows[places]
                 named = columns["ids"][local] if "ids" in columns else local + start
                 scores, ids = merge_top_k(scores, ids, found, named.masked_fill(places < 0, -1), k)
-        if self.metric == "l2":
-            scores = (queries * queries).sum(dim=1, keepdim=True) - scores
-        return scores, ids
+        scores += constant
+        return (-scores if self.metric == "l2" else scores), ids
 
     # Elsewhere
 
@@ -363,10 +401,14 @@ class TurboQuantIndex:
                 plan=self.plan.pairs(),
                 rotation=self._quantizer.rotation.name,
                 seed=self.seed,
-                count=len(self),
+                count=len(self._rows),
                 next_id=self._next_id,
             )
-            file_format.write(path, header, [columns for _, columns in self._rows.runs()])
+            segments = [columns for _, columns in self._rows.runs()]
+            if torch.equal(self._ids_of_rows(), torch.arange(len(self._rows), device=self._device)):
+                for columns in segments:
+                    columns.pop("ids", None)  # of the views, not of the index
+            file_format.write(path, header, segments, self._quantizer.centre)
 
     @classmethod
     def load(
@@ -384,16 +426,18 @@ class TurboQuantIndex:
                 or is from a newer version.
             OSError: the file cannot be read.
         """
-        header, columns = file_format.read(path)
-        index = cls(
-            header.dim,
-            BitPlan.from_pairs(header.plan),
-            header.metric,  # type: ignore[arg-type]  # checked by the constructor
-            device,
-            header.seed,
-            rotation=header.rotation,
-            backend=backend,
-        )
+        kernels.select(backend, torch.device("cpu" if device is None else device))
+        header, columns, centre = file_format.read(path)
+        try:
+            plan = BitPlan.from_pairs(header.plan)
+            metric: Metric = header.metric  # type: ignore[assignment]  # checked by the constructor
+            index = cls(header.dim, plan, metric, device, header.seed, rotation=header.rotation, backend=backend)
+        except InvalidInputError as error:
+            raise CorruptFileError(f"{path} is not consistent: its header asks for what cannot be ({error})") from error
+        if centre is not None:
+            index._quantizer = _quantizer(
+                header.dim, plan, metric, header.rotation, header.seed, backend, centre.clone()
+            )
         index._next_id = header.next_id
         if "ids" in columns:
             index._plain_ids = False
@@ -405,6 +449,28 @@ class TurboQuantIndex:
         if index._device.type != "cpu":
             index._rows = index._rows.to(index._device)
         return index
+
+
+def _quantizer(
+    dim: int,
+    bits: float | BitPlan,
+    metric: Metric,
+    rotation: str,
+    seed: int,
+    backend: str,
+    centre: Tensor | None,
+) -> TurboQuantizer:
+    """The codec of an index."""
+    return TurboQuantizer(
+        dim,
+        bits,
+        rotation=rotation,
+        seed=seed,
+        centre=centre,
+        unit=metric == "cosine",
+        scale_dtype=torch.float16 if metric == "cosine" else torch.float32,
+        backend=backend,
+    )
 
 
 def _unit(vectors: Tensor) -> Tensor:

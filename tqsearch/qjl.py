@@ -59,7 +59,8 @@ class QJL:
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Packed signs (n, ceil(d / 8)) uint8 and norms (n,) float32 of (n, d) float32."""
         projected = vectors @ self._on(vectors.device).t()
-        return pack((projected >= 0).to(torch.uint8), self._plan), torch.linalg.vector_norm(vectors, dim=1)
+        norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).float()  # float32 squares may overflow
+        return pack((projected >= 0).to(torch.uint8), self._plan), norms
 
     def decode(self, signs: Tensor, norms: Tensor) -> Tensor:
         """The vectors (n, d) whose inner products `inner_product` gives."""

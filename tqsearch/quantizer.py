@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tqsearch import kernels
 from tqsearch.arrays import ArrayLike, as_matrix, like
-from tqsearch.codebook import lloyd_max
+from tqsearch.codebook import Codebook, lloyd_max, on_grid
 from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BandTable
 from tqsearch.plan import BitPlan
@@ -65,6 +65,8 @@ class TurboQuantizer:
         rotation: "hadamard", "dense" or "identity" (the vectors' coordinates are alike already).
         seed: any integer; with the other arguments it defines the codec for ever.
         projection: of form "prod": "gaussian" (the paper's) or "orthogonal" (less noise).
+        centre: (dim,) numbers taken off every vector before it is coded, such as the mean of a sample; None for zero.
+        unit: whether vectors are divided by their norms first; their codes then stand for the unit vectors.
         scale_dtype: torch.float32, or torch.float16 where norms are known to be near 1.
         device: where codes are made; None for the vectors' own device.
         backend: see `kernels.select`.
@@ -83,6 +85,8 @@ class TurboQuantizer:
         seed: int = 0,
         projection: Literal["gaussian", "orthogonal"] = "gaussian",
         scale_dtype: torch.dtype = torch.float32,
+        centre: ArrayLike | None = None,
+        unit: bool = False,
         device: str | torch.device | None = None,
         backend: str = "auto",
     ) -> None:
@@ -96,6 +100,12 @@ class TurboQuantizer:
         if scale_dtype not in (torch.float32, torch.float16):
             raise InvalidInputError(f"scale_dtype must be torch.float32 or torch.float16, got {scale_dtype}")
         self.scale_dtype = scale_dtype
+        if form == "prod" and (unit or centre is not None):
+            raise InvalidInputError("centre and unit go with form 'mse' only; take them off the vectors beforehand")
+        self.unit = bool(unit)
+        self.centre: Tensor | None = None
+        if centre is not None:
+            self.centre = as_matrix(centre, self.dim, "centre", torch.device("cpu"), one=True)[0].clone()
         self.device = None if device is None else torch.device(device)
         self.qjl = QJL(self.dim, self.seed, projection) if form == "prod" else None
         self._tables: dict[torch.device, tuple[BandTable, ...]] = {}
@@ -126,7 +136,7 @@ class TurboQuantizer:
             for band in self.plan.bands:
                 book = lloyd_max(band.width, self.dim)
                 boundaries, levels = (torch.from_numpy(t).float().to(device) for t in (book.boundaries, book.levels))
-                tables.append(BandTable(band.size, band.width, boundaries, levels))
+                tables.append(BandTable(band.size, band.width, boundaries, levels, *_integers(book, self.dim)))
             self._tables[device] = tuple(tables)
         return self._tables[device]
 
@@ -151,9 +161,14 @@ class TurboQuantizer:
     def encode_levels(self, matrix: Tensor) -> kernels.Encoded:
         """Codes of checked rows, (n, dim) float32, with what their scales are made from; see `kernels.encode`."""
         tables = self.tables(matrix.device)
+        centre = None if self.centre is None else self.centre.to(matrix.device)
+        factors, orders = None, None
         if isinstance(self.rotation, Hadamard):
-            return kernels.encode(matrix, tables, *self.rotation.tensors(matrix.device), backend=self.backend)
-        return kernels.encode(self.rotation.apply(matrix), tables, backend=self.backend)
+            factors, orders = self.rotation.tensors(matrix.device)
+        else:
+            matrix = self.rotation.apply(matrix)
+            centre = None if centre is None else self.rotation.apply(centre[None])[0]
+        return kernels.encode(matrix, tables, factors, orders, centre=centre, unit=self.unit, backend=self.backend)
 
     def unbiased_scales(self, norms: Tensor, dots: Tensor) -> Tensor:
         """s = |x| sqrt(d) / <u, levels>, (n,); 0 where there is nothing to estimate (a zero vector)."""
@@ -179,6 +194,8 @@ class TurboQuantizer:
         vectors = self.rotation.invert(kernels.reconstruct(codes.packed, scales, tables, backend=self.backend))
         if self.qjl is not None and codes.signs is not None and codes.residual_norms is not None:
             vectors = vectors + self.qjl.decode(codes.signs, codes.residual_norms)
+        if self.centre is not None:
+            vectors = vectors + self.centre.to(vectors.device)
         return vectors.contiguous()
 
     def inner_product(self, queries: ArrayLike, codes: Codes) -> ArrayLike:
@@ -199,7 +216,25 @@ class TurboQuantizer:
         )
         if self.qjl is not None and codes.signs is not None and codes.residual_norms is not None:
             products = products + self.qjl.inner_product(matrix, codes.signs, codes.residual_norms)
+        if self.centre is not None:
+            products = products + (matrix @ self.centre.to(device))[:, None]
         return like(products[0] if queries.ndim == 1 else products, queries)
+
+
+def _integers(book: Codebook, dim: int) -> tuple[tuple[int, ...], float, float]:
+    """`BandTable.steps`, `offset` and `step` of a codebook.
+
+    1 bit is its own code; up to 4 bits the numbers are 0 to 127, which a byte permute can look up without signs.
+    """
+    if book.bits == 0:
+        return (0,), 0.0, 0.0
+    if book.bits == 1:
+        return (0, 1), 0.5, 2.0 * float(book.levels[-1])
+    if book.bits <= 4:
+        grid = on_grid(book, 63.5, dim)
+        return tuple(grid.steps.tolist()), grid.offset, grid.step
+    grid = on_grid(book, 127.0, dim)
+    return tuple((grid.steps - 127).tolist()), 0.0, grid.step
 
 
 def _less_one(bits: float | BitPlan) -> float | BitPlan:

@@ -63,11 +63,14 @@ def encode(
     factors: Tensor | None = None,
     orders: Tensor | None = None,
     *,
+    centre: Tensor | None = None,
+    unit: bool = False,
     backend: str = "auto",
 ) -> Encoded:
-    """Normalises, rotates, quantizes and packs rows.
+    """Centres, normalises, rotates, quantizes and packs rows.
 
-    With u = R x sqrt(d) / |x| each coordinate's code is the number of its band's boundaries below it.
+    With z = x - centre (x / |x| - centre if `unit`) and u = R z sqrt(d) / |z| each coordinate's code is the number of
+    its band's boundaries below it.
 
     Args:
         vectors: (n, d) float32 on the device to work on, any strides, finite.
@@ -75,15 +78,17 @@ def encode(
         factors: (rounds, d) float32 of the randomized Hadamard transform, as `rotation.Hadamard.tensors` gives them;
             None if the vectors are rotated already.
         orders: (rounds - 1, d) int64, or None.
+        centre: (d,) float32, or None for zero.
+        unit: whether rows are divided by their norms first (zero rows stay zero).
         backend: see `select`.
 
     Returns:
         packed: (n, row bytes) uint8, in the layout of `packing`.
-        norms: (n,) float32, |x|.
-        dots: (n,) float32, <u, levels of the codes>; 0 for a zero row, whose codes are those of u = 0.
+        norms: (n,) float32, |z|.
+        dots: (n,) float32, <u, levels of the codes>; 0 for a zero z, whose codes are those of u = 0.
     """
     select(backend, vectors.device)
-    return Encoded(*reference.encode(vectors, bands, factors, orders))
+    return Encoded(*reference.encode(vectors, bands, factors, orders, centre, unit))
 
 
 def reconstruct(packed: Tensor, scales: Tensor, bands: tuple[BandTable, ...], *, backend: str = "auto") -> Tensor:

@@ -1,4 +1,4 @@
-"""What a kernel knows of a plan: per band a size, a width and two tables."""
+"""What a kernel knows of a plan: per band a size, a width and its tables."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ class BandTable(NamedTuple):
         width: bits of a code.
         boundaries: (2**width - 1,) float32, ascending.
         levels: (2**width,) float32, ascending.
+        steps: the levels for integer kernels: level = (step number - offset) * step, each number fitting int8.
+        offset: see `steps`.
+        step: see `steps`.
     """
 
     size: int
     width: int
     boundaries: Tensor
     levels: Tensor
+    steps: tuple[int, ...]
+    offset: float
+    step: float
 
     @property
     def nbytes(self) -> int:

@@ -23,7 +23,12 @@ _GROUP = 32  # rows of a group whose maximum stands for them in the first step o
 
 
 def encode(
-    vectors: Tensor, bands: tuple[BandTable, ...], factors: Tensor | None, orders: Tensor | None
+    vectors: Tensor,
+    bands: tuple[BandTable, ...],
+    factors: Tensor | None,
+    orders: Tensor | None,
+    centre: Tensor | None,
+    unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.encode`."""
     count, dim = vectors.shape
@@ -32,12 +37,16 @@ def encode(
     dots = torch.empty_like(norms)
     for block in _blocks(count, ENCODE_BLOCK // dim):
         columns = vectors[block].t().contiguous()
-        unit, norms[block] = _normalise(columns)
+        if unit:
+            columns = _normalise(columns)[0] / math.sqrt(dim)
+        if centre is not None:
+            columns = columns - centre[:, None]
+        columns, norms[block] = _normalise(columns)
         if factors is not None:
-            unit = hadamard_columns(unit, factors, orders)
-        codes, levels = _quantize(unit, bands)
+            columns = hadamard_columns(columns, factors, orders)
+        codes, levels = _quantize(columns, bands)
         packed[block] = pack_columns(codes, BitPlan(tuple(Band(b.size, b.width) for b in bands))).t()
-        dots[block] = _column_sums(unit * levels)
+        dots[block] = _column_sums(columns * levels)
     return packed, norms, dots
 
 
@@ -136,14 +145,17 @@ def scan(
     """See `kernels.scan`."""
     best_scores = torch.empty((queries.shape[0], 0), dtype=torch.float32, device=queries.device)
     best_rows = torch.empty((queries.shape[0], 0), dtype=torch.int64, device=queries.device)
-    for block in _blocks(packed.shape[0], SCAN_BLOCK // queries.shape[1]):
-        scores = (queries @ decode(packed[block], bands).t()).mul_(scales[block].float())
+    columns = queries.t().contiguous()
+    size = max(SCAN_BLOCK // queries.shape[1] // _GROUP, 1) * _GROUP
+    for block in _blocks(packed.shape[0], size):
+        scores = (decode(packed[block], bands) @ columns).mul_(scales[block].float()[:, None])
         if bias is not None:
-            scores += bias[block]
+            scores += bias[block][:, None]
         if mask is not None:
-            scores.masked_fill_(~mask[block], -math.inf)
-        scores, rows = _top_k(scores, k)
-        best_scores, best_rows = merge_top_k(best_scores, best_rows, scores, rows + block.start, k)
+            scores.masked_fill_(~mask[block][:, None], -math.inf)
+        found, rows = _candidates(scores, k, best_scores[:, -1] if best_scores.shape[1] == k else None)
+        if found.shape[1]:
+            best_scores, best_rows = merge_top_k(best_scores, best_rows, found, rows + block.start, k)
     return best_scores, best_rows.masked_fill(best_scores == -math.inf, -1)
 
 
@@ -154,19 +166,27 @@ def merge_top_k(scores: Tensor, rows: Tensor, more_scores: Tensor, more_rows: Te
     return scores, rows.gather(1, order)
 
 
-def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Exact top k of each row: the k groups of largest maximum hold it, so only these are sorted."""
-    count = scores.shape[1]
+def _candidates(scores: Tensor, k: int, least: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of each column of (n, q) scores the rows that may be among its top k; `least` (q,) is its k-th best so far.
+
+    The k groups of rows of largest maximum hold the top k, and a group whose maximum is not above `least` adds nothing:
+    once some blocks are done few groups are looked into.
+
+    Returns:
+        (q, m) scores and their row numbers; each row at most once.
+    """
+    count, queries = scores.shape
     groups = count // _GROUP
-    if k >= groups // 4:
-        return torch.topk(scores, min(k, count), dim=1)
-    whole = scores[:, : groups * _GROUP].view(-1, groups, _GROUP)
-    chosen = torch.topk(whole.amax(dim=2), k, dim=1).indices
-    candidates = whole.gather(1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
-    columns = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
-    if count % _GROUP:
-        tail = torch.arange(groups * _GROUP, count, device=scores.device)
-        candidates = torch.cat([candidates, scores[:, groups * _GROUP :]], dim=1)
-        columns = torch.cat([columns, tail.expand(len(scores), -1)], dim=1)
-    top, order = torch.topk(candidates, k, dim=1)
-    return top, columns.gather(1, order)
+    whole = scores[: groups * _GROUP].view(groups, _GROUP, queries)
+    tail = torch.arange(groups * _GROUP, count, device=scores.device).expand(queries, -1)
+    maxima = whole.amax(dim=1).t()  # (q, groups)
+    wanted = min(k, groups)
+    if least is not None and wanted:
+        wanted = min(wanted, int((maxima > least[:, None]).sum(dim=1).max()))
+    if 4 * wanted > groups:
+        rows = torch.topk(scores, min(k, count), dim=0).indices.t()
+    else:
+        chosen = torch.topk(maxima, wanted, dim=1).indices
+        rows = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
+        rows = torch.cat([rows, tail], dim=1)
+    return scores[rows, torch.arange(queries, device=scores.device)[:, None]], rows
