@@ -1,0 +1,41 @@
+"""How the golden files were made: from vectors by a formula, so that they can be made again without a file of vectors.
+
+The files are never made anew: they say what version 1 of the format means. A change that alters them needs a new
+version, new files beside these, and a reader that still takes these.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from tqsearch.index import TurboQuantIndex
+from tqsearch.plan import BitPlan
+
+FOLDER = Path(__file__).parent / "golden"
+NAMES = ["l2-fraction-own-ids", "cosine-plain", "ip-bands-negative-seed", "empty"]
+
+
+def vectors(n: int, dim: int) -> np.ndarray:
+    i, j = np.mgrid[:n, :dim]
+    return ((i * i * 37 + j * 101 + i * j * 13) % 61 - 30).astype(np.float32) / 8
+
+
+def make(name: str) -> TurboQuantIndex:
+    """The index of a golden file, made by the present code."""
+    if name == "l2-fraction-own-ids":
+        index = TurboQuantIndex(12, 2.5, "l2", seed=3)
+        index.add(vectors(6, 12), ids=[40, 7, 2**40, 0, 11, 5])
+        index.remove([7])
+    elif name == "cosine-plain":
+        index = TurboQuantIndex(16, 4, "cosine", seed=0)
+        values = vectors(5, 16)
+        values[3] = 0
+        index.add(values)
+    elif name == "ip-bands-negative-seed":
+        index = TurboQuantIndex(21, BitPlan.from_pairs([(5, 4), (7, 0), (9, 1)]), "ip", seed=-123456789012345678901)
+        index.add(vectors(4, 21) * np.float32(1000))
+    else:
+        index = TurboQuantIndex(8, 1, "ip")
+        index.add(vectors(3, 8))
+        index.remove([0, 1, 2])
+    return index
