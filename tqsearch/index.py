@@ -151,8 +151,10 @@ class TurboQuantIndex:
         if self.metric == "cosine":
             matrix = _unit(matrix)
         centre = matrix.double().mean(dim=0).float()
-        old = self._quantizer
+        if not torch.isfinite((centre * centre).sum()):
+            raise InvalidInputError("sample must have a mean whose squared norm is finite in float32, got an overflow")
         with self._lock.write():
+            old = self._quantizer
             if len(self._rows):
                 raise InvalidInputError(f"train must come before add, got an index of {len(self._rows)} vectors")
             self._quantizer = _quantizer(
@@ -179,8 +181,11 @@ class TurboQuantIndex:
         given = None if ids is None else self._new_ids(ids, len(matrix))
         if not len(matrix):
             return
+        quantizer = self._quantizer
         columns = self._encode(matrix)
         with self._lock.write():
+            if self._quantizer is not quantizer:  # another thread has called `train` meanwhile
+                columns = self._encode(matrix)
             if given is None:
                 first = self._next_id
                 if first + len(matrix) - 1 > _LARGEST_ID:
@@ -292,10 +297,11 @@ class TurboQuantIndex:
         with self._lock.read():
             rows = torch.from_numpy(self._known_rows(array)).to(self._device)
             columns = self._rows.gather(rows) if len(self._rows) else None
+            quantizer = self._quantizer
         if columns is None:
             vectors = torch.empty((0, self.dim), device=self._device)
         else:
-            vectors = self._quantizer.decode(Codes(columns["packed"], columns["scales"]))
+            vectors = quantizer.decode(Codes(columns["packed"], columns["scales"]))
         return vectors if isinstance(ids, Tensor) else vectors.cpu().numpy()
 
     def search(self, queries: ArrayLike, k: int = 10, *, allow: IdsLike | None = None) -> tuple[ArrayLike, ArrayLike]:

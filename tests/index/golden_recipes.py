@@ -12,7 +12,7 @@ from tqsearch.index import TurboQuantIndex
 from tqsearch.plan import BitPlan
 
 FOLDER = Path(__file__).parent / "golden"
-NAMES = ["l2-fraction-own-ids", "cosine-plain", "ip-bands-negative-seed", "empty"]
+NAMES = ["l2-fraction-own-ids", "cosine-plain", "ip-bands-negative-seed", "empty", "l2-trained", "empty-trained"]
 
 
 def vectors(n: int, dim: int) -> np.ndarray:
@@ -34,6 +34,13 @@ def make(name: str) -> TurboQuantIndex:
     elif name == "ip-bands-negative-seed":
         index = TurboQuantIndex(21, BitPlan.from_pairs([(5, 4), (7, 0), (9, 1)]), "ip", seed=-123456789012345678901)
         index.add(vectors(4, 21) * np.float32(1000))
+    elif name == "l2-trained":
+        index = TurboQuantIndex(9, 3, "l2", seed=1)
+        index.train(vectors(8, 9))
+        index.add(np.concatenate([vectors(4, 9), vectors(8, 9).mean(0, keepdims=True)]), ids=[3, 1, 4, 15, 9])
+    elif name == "empty-trained":
+        index = TurboQuantIndex(7, 2, "ip")
+        index.train(vectors(2, 7))
     else:
         index = TurboQuantIndex(8, 1, "ip")
         index.add(vectors(3, 8))

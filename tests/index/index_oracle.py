@@ -128,11 +128,17 @@ def decode(packed: np.ndarray, scales: np.ndarray, plan: Pairs, seed: int) -> np
     return scales.astype(np.float64)[:, None] * table_rows(codes, plan) @ rotation(codes.shape[1], seed)
 
 
-def estimate(vectors: np.ndarray, plan: Pairs, seed: int, metric: str) -> np.ndarray:
-    """What an index holds of vectors, as unbiased estimates: encode and decode, (n, dim) float64."""
-    vectors = vectors.astype(np.float64)
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit = vectors / np.where(lengths > 0, lengths, 1)
+    return vectors / np.where(lengths > 0, lengths, 1)
+
+
+def estimate(vectors: np.ndarray, plan: Pairs, seed: int, metric: str, centre: np.ndarray | float = 0.0) -> np.ndarray:
+    """What an index holds of vectors, as unbiased estimates less the centre: encode and decode, (n, dim) float64."""
+    vectors = vectors.astype(np.float64)
+    vectors = (unit_rows(vectors) if metric == "cosine" else vectors) - centre
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = unit_rows(vectors)
     dim = vectors.shape[1]
     rotated = np.sqrt(dim) * unit @ rotation(dim, seed).T
     codes, column = np.empty(vectors.shape, int), 0
@@ -142,21 +148,34 @@ def estimate(vectors: np.ndarray, plan: Pairs, seed: int, metric: str) -> np.nda
         column += size
     found = table_rows(codes, plan) @ rotation(dim, seed)
     dots = (unit * found).sum(axis=1, keepdims=True)
-    scaled = np.where(lengths > 0, found / np.where(lengths > 0, dots, 1), 0)
-    return scaled if metric == "cosine" else lengths * scaled
+    return lengths * np.where(lengths > 0, found / np.where(lengths > 0, dots, 1), 0)
 
 
 # scores
 
 
 def similarity(
-    queries: np.ndarray, estimates: np.ndarray, squares: np.ndarray | None, metric: str
+    queries: np.ndarray,
+    estimates: np.ndarray,
+    squares: np.ndarray | None,
+    metric: str,
+    centre: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (q, n) in float64, larger is nearer, and how far float32 may lie from them."""
+    """Scores (q, n) in float64, larger is nearer, and how far float32 may lie from them.
+
+    Of vectors x it is given estimates of x - centre, and for "l2" the squared norms of x - centre.
+    """
     queries = queries.astype(np.float64)
-    lengths = np.linalg.norm(queries, axis=1, keepdims=True)
     if metric == "cosine":
-        queries, lengths = queries / np.where(lengths > 0, lengths, 1), np.ones_like(lengths)
+        queries = unit_rows(queries)
+    if centre is not None:
+        if metric == "l2":
+            queries = queries - centre
+        else:
+            scores, slack = similarity(queries, estimates, None, "ip")
+            more = (queries.shape[1] + 64) * EPS * np.linalg.norm(queries, axis=1, keepdims=True)
+            return scores + (queries @ centre)[:, None], slack + more * (1 + np.linalg.norm(centre))
+    lengths = np.linalg.norm(queries, axis=1, keepdims=True)
     products = queries @ estimates.T
     # A sum of d products in float32, after a rotation by sums of a few more, with the levels and the scale rounded.
     slack = (queries.shape[1] + 64) * EPS * lengths * np.linalg.norm(estimates, axis=1)
@@ -222,7 +241,7 @@ class Parsed:
 
     @property
     def estimates(self) -> np.ndarray:
-        """Unbiased estimates of the vectors, in the order of the rows."""
+        """Unbiased estimates of the vectors less the centre, in the order of the rows."""
         if not self.header["count"]:
             return np.empty((0, self.header["dim"]))
         return decode(self.tensors["packed"], self.tensors["scales"], self.plan, self.header["seed"])
@@ -231,7 +250,7 @@ class Parsed:
         squares = -self.tensors["bias"].astype(np.float64) if "bias" in self.tensors else None
         if not self.header["count"]:
             squares = np.empty(0)
-        return similarity(queries, self.estimates, squares, self.header["metric"])
+        return similarity(queries, self.estimates, squares, self.header["metric"], self.tensors.get("centre"))
 
 
 def parse(content: bytes) -> Parsed:
@@ -266,6 +285,8 @@ def _check_tensors(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> No
     count = header["count"]
     row_bytes = sum(-(-size * plane // 8) for size, width in header["plan"] for plane in (8, 4, 2, 1) if width & plane)
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if "centre" in tensors:
+        wanted["centre"] = ("<f4", (header["dim"],))
     if count:
         wanted["scales"] = ("<f2" if header["metric"] == "cosine" else "<f4", (count,))
         wanted["packed"] = ("|u1", (count, row_bytes))
@@ -277,4 +298,4 @@ def _check_tensors(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> No
             assert len(set(tensors["ids"].tolist())) == count
             assert tensors["ids"].max() < header["next_id"]
     assert {name: (tensor.dtype.str, tensor.shape) for name, tensor in tensors.items()} == wanted
-    assert list(tensors) == [name for name in ("ids", "bias", "scales", "packed") if name in wanted]
+    assert list(tensors) == [name for name in ("ids", "centre", "bias", "scales", "packed") if name in wanted]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from index_oracle import check_top_k, estimate, levels, mean_distortion, parse, rotation, similarity
+from index_oracle import check_top_k, estimate, levels, mean_distortion, parse, rotation, similarity, unit_rows
 
 from tqsearch import segments
 from tqsearch.errors import DuplicateIdError, InvalidInputError, UnknownIdError
@@ -21,8 +21,14 @@ PLAN = ((8, 3), (4, 2))
 POOL = np.random.default_rng(0).standard_normal((64, DIM)).astype(np.float32)
 POOL[0] = 0
 POOL[1:4] *= np.array([[1e-6], [1e3], [1e6]], np.float32)
-HELD = {metric: estimate(POOL, PLAN, SEED, metric) for metric in ("ip", "cosine", "l2")}
-SQUARES = (POOL.astype(np.float64) ** 2).sum(1)
+METRICS = ("ip", "cosine", "l2")
+SAMPLE = POOL[4:20] + 1
+CENTRES = {metric: (unit_rows(SAMPLE.astype(float)) if metric == "cosine" else SAMPLE).mean(0) for metric in METRICS}
+HELD = {
+    (metric, trained): estimate(POOL, PLAN, SEED, metric, CENTRES[metric] if trained else 0)
+    for metric in METRICS
+    for trained in (False, True)
+}
 
 vectors = st.lists(st.integers(0, len(POOL) - 1), max_size=30)  # numbers of the pool's rows
 some_ids = st.lists(st.integers(0, 60), max_size=12)
@@ -33,13 +39,20 @@ class IndexBesideNumpy(RuleBasedStateMachine):
     """`self.model` maps an id to the pool's row that was added with it."""
 
     @initialize(
-        metric=st.sampled_from(["ip", "cosine", "l2"]), merge_bytes=st.sampled_from([0, 200, segments.MERGE_BYTES])
+        metric=st.sampled_from(METRICS),
+        merge_bytes=st.sampled_from([0, 200, segments.MERGE_BYTES]),
+        trained=st.booleans(),
     )
-    def start(self, metric: Any, merge_bytes: int) -> None:
+    def start(self, metric: Any, merge_bytes: int, trained: bool) -> None:
         self.merge_bytes, segments.MERGE_BYTES = segments.MERGE_BYTES, merge_bytes
         self.folder = Path(tempfile.mkdtemp())
         self.metric = metric
         self.index = TurboQuantIndex(DIM, BITS, metric, seed=SEED)
+        self.centre = CENTRES[metric].astype(np.float64) if trained else None
+        if trained:
+            self.index.train(SAMPLE)
+        self.held = HELD[metric, trained]
+        self.squares = ((POOL - (0 if self.centre is None else self.centre)) ** 2).sum(1, dtype=np.float64)
         self.model: dict[int, int] = {}
         self.next_id = 0
 
@@ -107,7 +120,7 @@ class IndexBesideNumpy(RuleBasedStateMachine):
 
     @rule()
     def save_and_load(self) -> None:
-        """The file says by itself what is in the index; the loaded index goes on from there."""
+        """The file alone says what is in the index; the loaded index goes on from there."""
         path = self.folder / "index"
         self.index.save(path)
         content = parse(path.read_bytes())
@@ -136,19 +149,20 @@ class IndexBesideNumpy(RuleBasedStateMachine):
     def _check_search(self, queries: list[int], k: int, candidates: list[int], allow: Any) -> None:
         places = [self.model[id] for id in candidates]
         given = POOL[queries]
-        wanted, slack = similarity(given, HELD[self.metric][places], SQUARES[places], self.metric)
+        held = self.held[places]
+        wanted, slack = similarity(given, held, self.squares[places], self.metric, self.centre)
         # The oracle's scales are not rounded: to float16 for "cosine", else to float32.
         rounding = 2.0**-10 if self.metric == "cosine" else 2.0**-19
-        lengths = 1 if self.metric == "cosine" else np.linalg.norm(given, axis=1)[:, None]
-        slack = slack + rounding * lengths * np.linalg.norm(HELD[self.metric][places], axis=1)
+        lengths = 1 if self.metric == "cosine" else np.linalg.norm(given, axis=1)[:, None] + 10
+        slack = slack + rounding * lengths * np.linalg.norm(held, axis=1)
         got: Any = self.index.search(given, k, allow=allow)
         check_top_k(got, wanted, slack, np.array(candidates, np.int64), k, self.metric)
 
     def _equals_model(self, held: dict[int, np.ndarray]) -> None:
         assert set(held) == set(self.model)
         for id, row in self.model.items():
-            wanted = HELD[self.metric][row]
-            np.testing.assert_allclose(held[id], wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+            wanted = self.held[row]
+            np.testing.assert_allclose(held[id], wanted, rtol=0, atol=1e-3 * np.abs(wanted).max() + 1e-6)
 
     @invariant()
     def agrees(self) -> None:
@@ -160,21 +174,24 @@ class IndexBesideNumpy(RuleBasedStateMachine):
     @rule()
     def reconstruct(self) -> None:
         ids = list(self.model)
-        got = np.asarray(self.index.reconstruct(ids), np.float64) / (1 - mean_distortion(PLAN))
-        self._equals_model(dict(zip(ids, got, strict=True)))
+        got = np.asarray(self.index.reconstruct(ids), np.float64) - (0 if self.centre is None else self.centre)
+        self._equals_model(dict(zip(ids, got / (1 - mean_distortion(PLAN)), strict=True)))
 
 
 TestIndexBesideNumpy = IndexBesideNumpy.TestCase
 TestIndexBesideNumpy.settings = settings(
-    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
-def test_the_pool_is_in_general_position() -> None:
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_pool_is_in_general_position(metric: str, trained: bool) -> None:
     """No rotated coordinate lies so near a boundary that float32 could choose another code than the oracle."""
-    lengths = np.linalg.norm(POOL[1:].astype(np.float64), axis=1, keepdims=True)
-    rotated = np.sqrt(DIM) * POOL[1:] / lengths @ rotation(DIM, SEED).T
+    vectors = POOL[1:].astype(np.float64)
+    vectors = (unit_rows(vectors) if metric == "cosine" else vectors) - (CENTRES[metric] if trained else 0)
+    rotated = np.sqrt(DIM) * unit_rows(vectors) @ rotation(DIM, SEED).T
     for columns, width in ((slice(0, 8), 3), (slice(8, 12), 2)):
         table = levels(width, DIM)
         boundaries = (table[1:] + table[:-1]) / 2
-        assert np.abs(rotated[:, columns, None] - boundaries).min() > 1e-5
+        assert np.abs(rotated[:, columns, None] - boundaries).min() > 3e-6
