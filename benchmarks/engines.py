@@ -67,15 +67,19 @@ class FaissEngine:
 
 
 class TurboQuantEngine:
-    """The index of this package, on the CPU."""
+    """The index of this package, on the CPU; `centred` lets it learn the mean of the training sample."""
 
-    def __init__(self, dim: int, bits: float, metric: str, seed: int) -> None:
+    def __init__(self, dim: int, bits: float, metric: str, seed: int, *, centred: bool = False) -> None:
         from tqsearch import TurboQuantIndex
 
         self.index = TurboQuantIndex(dim, bits=bits, metric=metric, seed=seed)  # type: ignore[arg-type]
 
+        self._centred = centred
+
     def train(self, sample: Vectors) -> None:
-        """Nothing is learned from data."""
+        """Nothing is learned from data, unless centred."""
+        if self._centred:
+            self.index.train(sample)
 
     def add(self, vectors: Vectors) -> None:
         """Encode and keep."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 COMPACT_WIDTHS = ("1", "2", "4")
-OURS = "TurboQuant"
+OURS = ("TurboQuant", "TurboQuant centred")
 EXACT = "exact"
 BELOW = 0.9  # a setting with up to a tenth fewer bytes than the budget is shown too
 ABOVE = 1.5
@@ -94,8 +94,8 @@ def cells(budget: str, run: dict[str, Any]) -> list[str]:
         seconds(run["add_seconds"]),
         *(rate(qps[batch]) for batch in ("1", "32", "1000")),
     ]
-    if run["family"] == OURS:
-        values[1:] = [f"**{value}**" for value in [f"{OURS}, {run['setting']}", *values[2:]]]
+    if run["family"] in OURS:
+        values[1:] = [f"**{value}**" for value in [f"{run['family']}, {run['setting']}", *values[2:]]]
     return values
 
 
@@ -112,8 +112,13 @@ def search(result: dict[str, Any], *, full: bool = False) -> str:
         if not full and width not in COMPACT_WIDTHS:
             continue
         name = f"{width} bit{'' if width == '1' else 's'}, {budget} B"
-        ours = [run for run in grouped.get(OURS, []) if f"{run['parameter']:g}" == width and "error" not in run]
-        others = [runs for family, runs in grouped.items() if family not in (OURS, EXACT)]
+        ours = [
+            run
+            for name in OURS
+            for run in grouped.get(name, [])
+            if f"{run['parameter']:g}" == width and "error" not in run
+        ]
+        others = [runs for family, runs in grouped.items() if family not in (*OURS, EXACT)]
         for run in ours + [run for runs in others for run in at_budget(runs, budget)]:
             rows.append(cells(name, run))
             name = ""
