@@ -163,7 +163,7 @@ def lloyd_max(bits: int, dim: int | None = None) -> Codebook:
     levels = np.concatenate([-half[::-1], half])
     boundaries = 0.5 * (levels[1:] + levels[:-1])
     boundaries[len(half) - 1] = 0.0
-    return Codebook(bits, levels, boundaries, _distortion(law, half, half))
+    return Codebook(bits, levels, boundaries, _distortion(law, half))
 
 
 def _edges(law: Law, half: Array) -> Array:
@@ -199,9 +199,13 @@ def _solve_half(law: Law, count: int) -> Array:
     return best
 
 
-def _distortion(law: Law, thresholds: Array, half: Array) -> float:
-    """E (u - level)^2 with cells from the positive levels `thresholds` and reconstruction at `half`."""
-    mass, first = law.moments(_edges(law, thresholds))
+def _distortion(law: Law, half: Array) -> float:
+    """E (u - level)^2 of the positive levels and their own cells."""
+    return _expected_error(*law.moments(_edges(law, half)), half)
+
+
+def _expected_error(mass: Array, first: Array, half: Array) -> float:
+    """E (u - level)^2 for variance 1, from the positive cells' masses and first moments and their levels."""
     return float(1.0 + 2.0 * np.sum(half * (half * mass - 2.0 * first)))
 
 
@@ -214,15 +218,19 @@ def on_grid(codebook: Codebook, offset: float = 127.0, dim: int | None = None) -
         dim: the law of the coordinate, as for `lloyd_max`.
     """
     half = codebook.levels[len(codebook.levels) // 2 :]
-    law = law_of(dim)
+    if dim == 1:  # all the mass lies on the outermost levels, -1 and 1
+        mass = np.where(np.arange(len(half)) == len(half) - 1, 0.5, 0.0)
+        first = mass
+    else:
+        law = law_of(dim)
+        mass, first = law.moments(_edges(law, half))
     best: GridCodebook | None = None
-    for stretch in np.linspace(
-        1.0, 1.25, 501
-    ):  # a wider step aligns the inner levels and leaves the outer steps unused
+    # A wider step aligns the inner levels and leaves the outer steps unused.
+    for stretch in np.linspace(1.0, 1.25, 501):
         step = float(half[-1]) / offset * float(stretch)
         upper = np.rint(half / step + offset).astype(np.int64)
         rounded: Array = (upper.astype(np.float64) - offset) * step
-        distortion = 0.0 if isinstance(law, BetaLaw) and law.dim == 1 else _distortion(law, half, rounded)
+        distortion = _expected_error(mass, first, rounded)
         if best is None or distortion < best.distortion:
             best = GridCodebook(np.concatenate([int(2 * offset) - upper[::-1], upper]), offset, step, distortion)
     assert best is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tqsearch import kernels
 from tqsearch.arrays import ArrayLike, as_matrix, like
-from tqsearch.codebook import Codebook, lloyd_max, on_grid
+from tqsearch.codebook import MAX_BITS, Codebook, lloyd_max, on_grid
 from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BandTable
 from tqsearch.plan import BitPlan
@@ -105,7 +105,10 @@ class TurboQuantizer:
         self.unit = bool(unit)
         self.centre: Tensor | None = None
         if centre is not None:
-            self.centre = as_matrix(centre, self.dim, "centre", torch.device("cpu"), one=True)[0].clone()
+            rows = as_matrix(centre, self.dim, "centre", torch.device("cpu"), one=True)
+            if len(rows) != 1:
+                raise InvalidInputError(f"centre must have shape ({self.dim},), got {tuple(centre.shape)}")
+            self.centre = rows[0].clone()
         self.device = None if device is None else torch.device(device)
         self.qjl = QJL(self.dim, self.seed, projection) if form == "prod" else None
         self._tables: dict[torch.device, tuple[BandTable, ...]] = {}
@@ -240,4 +243,8 @@ def _integers(book: Codebook, dim: int) -> tuple[tuple[int, ...], float, float]:
 def _less_one(bits: float | BitPlan) -> float | BitPlan:
     if isinstance(bits, BitPlan):
         return BitPlan.from_pairs([(size, width - 1) for size, width in bits.pairs()])
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not 1 <= bits <= MAX_BITS:
+        raise InvalidInputError(
+            f"bits must be a number from 1 to {MAX_BITS} or a BitPlan for form 'prod', got {bits!r}"
+        )
     return bits - 1
