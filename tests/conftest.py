@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -32,9 +32,9 @@ class SplitMix64:
         return z ^ (z >> 31)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _lloyd(bits: int, dim: int | None) -> np.ndarray:
-    """Positive optimal levels by scipy's root finder on the centroid equations, moments by incomplete beta functions."""
+    """Positive optimal levels by scipy's root finder on the centroid equations, moments by incomplete betas."""
     count = 2 ** (bits - 1)
     top = np.inf if dim is None else math.sqrt(dim)
     if dim is not None:  # B(1/2, b), to more digits than by logarithms of the gamma function
@@ -183,6 +183,21 @@ class Oracle:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         rotated = rows if seed is None else cls.rotate(rows, seed)
         return rotated * math.sqrt(rows.shape[1]) / np.where(norms > 0, norms, np.inf)
+
+    @staticmethod
+    def count_wrong_codes(codes: np.ndarray, unit: np.ndarray, tables: list, tolerance: float) -> int:
+        """How many codes differ from the number of boundaries below the float64 value; raises if one does so by more
+        than one step, or further than `tolerance` from the boundary between."""
+        wrong = 0
+        for rows, _, boundaries in tables:
+            expected = np.searchsorted(boundaries, unit[:, rows], side="left")
+            actual = codes[:, rows].astype(np.int64)
+            where = np.nonzero(expected != actual)
+            wrong += len(where[0])
+            assert (np.abs(expected - actual)[where] == 1).all()
+            between = boundaries[np.minimum(expected, actual)[where]]
+            assert (np.abs(unit[:, rows][where] - between) <= tolerance).all()
+        return wrong
 
     @staticmethod
     def rounding(dim: int) -> float:

@@ -151,7 +151,7 @@ def test_worst_inputs_behave_as_with_true_random_signs_and_permutations(oracle, 
 
 @pytest.mark.parametrize("dim", [1, 2, 16, 65])
 def test_dense_is_the_orthogonal_factor_of_the_seeded_gaussian_matrix(oracle, dim):
-    """G = Q R with R upper triangular and positive on its diagonal determines Q; rows of the transform are Q's columns."""
+    """G = Q R with R upper triangular and positive on its diagonal determines Q, whose columns are the rows."""
     matrix = orthogonal_matrix(dim, 4, 32)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(dim), rtol=0, atol=1e-13)
     upper = matrix @ oracle.gaussians(4, 32, dim * dim).reshape(dim, dim)
