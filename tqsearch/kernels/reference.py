@@ -107,12 +107,30 @@ def _decode_band(packed: Tensor, band: BandTable) -> Tensor:
         every = torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None]
         table = band.levels[unpack_band(every, Band(per_byte, band.width)).long()]
         return _look_up(table, packed)[:, : band.size]
+    if band.width == 3:
+        return _decode_3(packed, band)
     codes = unpack_band(packed, Band(band.size, band.width))
     return torch.index_select(band.levels, 0, codes.flatten().int()).view(codes.shape)
 
 
+def _decode_3(packed: Tensor, band: BandTable) -> Tensor:
+    """Four coordinates a look-up: a byte of the 2-bit plane and their four bits of the 1-bit plane."""
+    groups = -(-band.size // 8)
+    plane = band.nbytes - groups
+    crumbs = torch.nn.functional.pad(packed[:, :plane], (0, 2 * groups - plane)).int().view(-1, groups, 2)
+    bits = packed[:, plane:].int()
+    # The 1-bit plane's order within a byte is 0, 1, 4, 5, 2, 3, 6, 7: see `packing`.
+    first = (bits & 0x3) | ((bits >> 2) & 0xC)
+    second = ((bits >> 2) & 0x3) | ((bits >> 4) & 0xC)
+    every = torch.arange(4096, device=packed.device)[:, None]
+    place = torch.arange(4, device=packed.device)
+    table = band.levels[((every >> (2 * place)) & 3) | (((every >> (8 + place)) & 1) << 2)]
+    index = crumbs | (torch.stack([first, second], dim=2) << 8)
+    return _look_up(table, index.flatten(1))[:, : band.size]
+
+
 def _look_up(table: Tensor, packed: Tensor) -> Tensor:
-    """table (256, m) float32 at each byte of (n, w): (n, w m) float32; entries move as one element where they can."""
+    """table (t, m) float32 at each number of (n, w): (n, w m) float32; entries move as one element where they can."""
     wide = {1: torch.float32, 2: torch.int64, 4: torch.complex128}.get(table.shape[1])
     index = packed.flatten().int()
     if wide is None:
