@@ -304,7 +304,9 @@ class TurboQuantIndex:
             vectors = quantizer.decode(Codes(columns["packed"], columns["scales"]))
         return vectors if isinstance(ids, Tensor) else vectors.cpu().numpy()
 
-    def search(self, queries: ArrayLike, k: int = 10, *, allow: IdsLike | None = None) -> tuple[ArrayLike, ArrayLike]:
+    def search(
+        self, queries: ArrayLike, k: int = 10, *, allow: IdsLike | None = None, precision: str = "int8"
+    ) -> tuple[ArrayLike, ArrayLike]:
         """The k nearest vectors of each query, by scores estimated from the codes.
 
         Args:
@@ -312,6 +314,8 @@ class TurboQuantIndex:
             k: how many, >= 1.
             allow: which vectors may be returned: integer ids (those not in the index allow nothing), or a bool mask
                 indexed by id, whose length is one more than the largest id there ever was; None for all.
+            precision: "int8" lets a GPU round queries and levels to int8, "exact" keeps them float32 and is slower; a
+                CPU is exact in any case.
 
         Returns:
             scores: (q, k) or (k,) float32. "ip" and "cosine": estimates of the inner product or cosine, largest first;
@@ -330,7 +334,7 @@ class TurboQuantIndex:
         matrix = as_matrix(queries, self.dim, "queries", self._device, one=True)
         with self._lock.read():
             mask = None if allow is None else self._mask(allow)
-            scores, ids = self._search(matrix, int(k), mask)
+            scores, ids = self._search(matrix, int(k), mask, precision)
         if queries.ndim == 1:
             scores, ids = scores[0], ids[0]
         return like(scores, queries), like(ids, queries)
@@ -350,7 +354,7 @@ class TurboQuantIndex:
         mask[torch.from_numpy(rows[rows >= 0])] = True
         return mask.to(self._device)
 
-    def _search(self, queries: Tensor, k: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _search(self, queries: Tensor, k: int, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
         if self.metric == "cosine":
             queries = _unit(queries)
         squares = (queries * queries).sum(dim=1, keepdim=True)
@@ -379,6 +383,7 @@ class TurboQuantIndex:
                     part_mask,
                     self._quantizer.tables(self._device),
                     k,
+                    precision=precision,
                     backend=self._quantizer.backend,
                 )
                 local = places if rows is None else rows[places]

@@ -11,6 +11,8 @@ distance less |q|^2.
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,11 @@ from tqsearch.kernels.bands import BandTable, row_bytes
 
 __all__ = ["BACKENDS", "BandTable", "Encoded", "encode", "inner_products", "reconstruct", "row_bytes", "scan", "select"]
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "triton")
+PRECISIONS = ("int8", "exact")
+
+# Widths that the Triton kernels decode. 5 to 7 bits run in plain torch.
+TRITON_WIDTHS = frozenset((0, 1, 2, 3, 4, 8))
 
 
 class Encoded(NamedTuple):
@@ -34,27 +40,39 @@ class Encoded(NamedTuple):
 
 
 def select(backend: str, device: torch.device) -> str:
-    """The backend that runs an op.
+    """The backend that runs an op which has a Triton kernel (today `scan`); the other ops are plain torch everywhere.
 
     It depends on its arguments and on what is installed, never on an exception caught on the way: an explicit backend
         that
     cannot run raises.
 
     Args:
-        backend: "auto" or "reference".
+        backend: "auto" (Triton on a GPU where it is installed), "reference" (plain torch) or "triton".
         device: where the codes are.
 
     Returns:
-        "reference".
+        "reference" or "triton".
 
     Raises:
         InvalidInputError: an unknown name.
+        BackendError: the device, or Triton on it, cannot be used; the message names the remedy.
     """
     if backend not in BACKENDS:
         raise InvalidInputError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if device.type not in ("cpu", "cuda"):
         raise BackendError(f"the codes must be on a cpu or cuda device, got {device}; move the index with .to('cpu')")
-    return "reference"
+    installed = find_spec("triton") is not None
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and installed else "reference"
+    if backend == "triton":
+        if not installed:
+            raise BackendError("backend 'triton' needs Triton, which is not installed: pip install triton")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise BackendError(
+                "backend 'triton' needs the codes on a GPU, got cpu; move the index with .to('cuda'), or set "
+                "TRITON_INTERPRET=1 to run the kernels slowly in Triton's interpreter"
+            )
+    return backend
 
 
 def encode(
@@ -135,6 +153,7 @@ def scan(
     bands: tuple[BandTable, ...],
     k: int,
     *,
+    precision: str = "int8",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The exact top k of the estimated scores, without writing the score matrix.
@@ -147,11 +166,21 @@ def scan(
         mask: (n,) bool, False for rows that may not be returned; or None.
         bands: as in `encode`.
         k: how many, >= 1.
-        backend: see `select`.
+        precision: "exact" for float32 queries and levels; "int8" lets a backend round both to int8 (Triton does).
+        backend: see `select`; where the plan has 5, 6 or 7 bits "auto" is "reference".
 
     Returns:
         scores: (q, min(k, n)) float32, descending; -inf where fewer rows are allowed.
         rows: (q, min(k, n)) int64; -1 where the score is -inf.
     """
-    select(backend, packed.device)
+    chosen = select(backend, packed.device)
+    if precision not in PRECISIONS:
+        raise InvalidInputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    wrong = {band.width for band in bands} - TRITON_WIDTHS
+    if wrong and backend == "triton":
+        raise BackendError(f"backend 'triton' has no kernel for {min(wrong)} bits; use backend 'auto' or 'reference'")
+    if chosen == "triton" and not wrong:
+        from tqsearch.kernels import scan_triton
+
+        return scan_triton.scan(queries, packed, scales, bias, mask, bands, k, precision)
     return reference.scan(queries, packed, scales, bias, mask, bands, k)
