@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import linalg
 
@@ -48,6 +48,7 @@ def test_bands_equal_the_definition(oracle, rng, bits):
     check_definition(oracle, TurboQuantizer(64, bits, seed=-5), vectors(rng, 200, 64), -5)
 
 
+@settings(max_examples=30)
 @given(dim=st.integers(2, 300), bits=st.integers(1, 8), seed=st.integers(-(2**63), 2**63))
 def test_any_dim_bits_and_seed_equal_the_definition(oracle, dim, bits, seed):
     quantizer = TurboQuantizer(dim, bits, seed=seed)

@@ -127,22 +127,34 @@ def test_groups_of_the_top_k(oracle, count, k):
 
 
 @given(
+    pairs=st.sampled_from([[(3, 1)], [(3, 8)]]),
     count=st.integers(0, 1500),
     block=st.integers(1, 20),
-    k=st.integers(1, 40),
-    queries=st.integers(0, 4),
+    k=st.one_of(st.integers(1, 5), st.integers(6, 40)),
+    queries=st.integers(1, 4),
     allowed=st.floats(0, 1),
     seed=st.integers(0, 2**32),
 )
-@example(count=200, block=2, k=3, queries=0, allowed=1.0, seed=0)
-@example(count=200, block=2, k=3, queries=2, allowed=0.0, seed=0)
-def test_scan_of_any_size_in_any_blocks(oracle, count, block, k, queries, allowed, seed):
-    """Few levels, so that ties within and between blocks are many; masks from none to all."""
-    data = Rows(oracle, [(3, 1)], count, seed=seed, queries=queries)
+@example(pairs=[(3, 1)], count=200, block=2, k=3, queries=2, allowed=0.0, seed=0)
+def test_scan_of_any_size_in_any_blocks(oracle, pairs, count, block, k, queries, allowed, seed):
+    """At 1 bit ties within and between blocks are many, at 8 later blocks are often better; masks from none to all."""
+    data = Rows(oracle, pairs, count, seed=seed, queries=queries)
     mask = np.random.default_rng(seed).random(count) < allowed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "SCAN_BLOCK", 32 * block * data.dim)
         check_top(*data.scan(k, mask=mask), np.where(mask, data.products, -np.inf), k)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("order", ["ascending", "descending", "shuffled", "last row"])
+def test_a_later_block_that_is_a_little_better_is_looked_into(oracle, rng, monkeypatch, k, order):
+    """Blocks of 32 groups, scores a step of 1/256 apart: pruning by the k-th best so far loses none of them."""
+    data = Rows(oracle, [(1, 1)], 5000, queries=3)
+    monkeypatch.setattr(reference, "SCAN_BLOCK", 1024)
+    data.queries[:] = 0.0
+    steps = {"ascending": np.arange(5000), "descending": np.arange(5000)[::-1], "shuffled": rng.permutation(5000)}
+    data.bias = steps.get(order, (np.arange(5000) == 4999).astype(float)) / 256.0
+    check_top(*data.scan(k, bias=True), np.tile(data.bias, (3, 1)), k)
 
 
 @pytest.mark.parametrize(("left", "right", "k"), [(0, 0, 3), (0, 5, 3), (4, 0, 3), (4, 5, 3), (2, 2, 9)])
@@ -154,10 +166,14 @@ def test_merge_keeps_the_largest(rng, left, right, k):
     check_top(scores, found, np.concatenate(parts, axis=1).astype(np.float64), k)
 
 
-def test_no_queries(oracle):
-    data = Rows(oracle, [(24, 3)], 10, queries=0)
+@pytest.mark.parametrize("count", [0, 10, 200])
+def test_no_queries(oracle, monkeypatch, count):
+    data = Rows(oracle, [(24, 3)], count, queries=0)
+    monkeypatch.setattr(reference, "SCAN_BLOCK", 64 * data.dim)
     scores, rows = data.scan(4)
-    assert scores.shape == rows.shape == (0, 4)
+    assert scores.shape == rows.shape == (0, min(4, count))
+    products = kernels.inner_products(as_float(data.queries), data.packed, as_float(data.scales), data.bands)
+    assert products.shape == (0, count)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float64])
