@@ -145,6 +145,6 @@ class SegmentedRows:
         """The same rows on another device, a segment at a time."""
         moved = SegmentedRows()
         for segment in self.segments:
-            columns = {name: column.to(device) for name, column in segment.used().items()}
+            columns = {name: column.to(device) for name, column in segment.columns.items()}
             moved.segments.append(Segment(columns, segment.size))
         return moved

@@ -93,6 +93,10 @@ class RowsBesideAList(RuleBasedStateMachine):
         *full, last = self.rows.segments or [None]
         assert all(segment.size == segment.capacity for segment in full)  # type: ignore[union-attr]
         assert last is None or last.capacity <= 2 * last.size
+        # No column is a view that keeps more memory alive than is counted.
+        assert self.rows.nbytes == sum(
+            column.untyped_storage().nbytes() for segment in self.rows.segments for column in segment.columns.values()
+        )
         assert self.rows.nbytes == sum(
             column.numel() * column.element_size()
             for segment in self.rows.segments
