@@ -35,7 +35,7 @@ class Effort:
     time_limit: int
 
 
-FULL = Effort(base_rows=None, queries=1000, training_rows=15_000, pq_iterations=25, time_limit=1200)
+FULL = Effort(base_rows=None, queries=1000, training_rows=12_000, pq_iterations=10, time_limit=1200)
 QUICK = Effort(base_rows=20_000, queries=200, training_rows=10_000, pq_iterations=5, time_limit=300)
 
 

@@ -114,10 +114,9 @@ class Oracle:
     def rotate(cls, rows: np.ndarray, seed: int) -> np.ndarray:
         """The randomized Hadamard transform of `rotation`'s docstring, float64."""
         dim = rows.shape[1]
-        rounds = 2 if len(cls.blocks(dim)) == 1 else 3
         out = rows.astype(np.float64)
-        for r in range(rounds):
-            if r and rounds == 3:
+        for r in range(3):
+            if r and len(cls.blocks(dim)) > 1:
                 out = out[:, cls.permutation(seed, 16 + r, dim)]
             out = cls.block_hadamard(out * np.array(cls.signs(seed, r, dim)))
         return out

@@ -21,10 +21,9 @@ def dense_hadamard(oracle, dim, seed):
     """The transform as a product of whole matrices: block-diagonal Hadamard, diagonal signs, permutation."""
     blocks = [linalg.hadamard(size) / math.sqrt(size) for size in oracle.blocks(dim)]
     h = linalg.block_diag(*blocks)
-    rounds = 2 if len(blocks) == 1 else 3
     matrix = np.eye(dim)
-    for r in range(rounds):
-        if r and rounds == 3:
+    for r in range(3):
+        if r and len(blocks) > 1:
             matrix = np.eye(dim)[oracle.permutation(seed, 16 + r, dim)] @ matrix
         matrix = h @ np.diag(oracle.signs(seed, r, dim)) @ matrix
     return matrix
@@ -190,7 +189,8 @@ def test_golden_signs_of_a_transform_never_change():
     first = Hadamard(8, 0).apply(torch.eye(8)[:1]) * 8
     flat = linalg.hadamard(8)[0]  # signs(0, 0, 8)[0] is +1, so round one gives ones
     round_two = np.array([1, -1, 1, -1, -1, 1, -1, 1])  # the top bits of words(0, 1, 8)
-    expected = linalg.hadamard(8) @ (flat * round_two)
+    round_three = np.array([1, -1, 1, -1, 1, 1, 1, -1])  # of words(0, 2, 8)
+    expected = linalg.hadamard(8) @ (round_three * (linalg.hadamard(8) @ (flat * round_two))) / math.sqrt(8)
     np.testing.assert_allclose(first.numpy()[0], expected, rtol=0, atol=1e-5)
 
 

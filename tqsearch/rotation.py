@@ -5,10 +5,11 @@ A transform is described by plain tensors, which the kernels take, so that one d
 **Randomized Hadamard.** A round is: multiply by random signs, then by Hadamard blocks. A dimension that is not a power
 of two is split into the powers of two of its binary form, largest first (1536 = 1024 + 512, 100 = 64 + 32 + 4): each is
 a Hadamard block of its own, nothing is padded and nothing more is stored. Blocks do not talk to each other within a
-round, so a random permutation goes before each further round and three rounds are made; a power of two needs no
-permutation and two rounds. The cost is rounds * d * log2(d) additions a vector: 1.5 times a power of two's for the
-third round, and for the permutations one more pass each. (Two rounds, because one leaves a one-hot vector flat: all its
-coordinates of one magnitude, the worst input for scalar levels.)
+round, so there a random permutation goes before the second and third round: two passes more than a power of two's.
+
+Three rounds are made, 3 d log2(d) additions a vector. One leaves a one-hot vector flat, all its coordinates of one
+magnitude, the worst input for scalar levels; after two, its coordinates lie on a lattice of step 2 / sqrt(d), which costs
+up to 40 % more distortion at d = 64 and 4 bits (measured). After three, such vectors are coded as well as any from d = 128.
 
 In float32 the transform is additions, subtractions and multiplications by fixed numbers in a fixed order, so its
 results are bit for bit the same for any batch size, on any device.
@@ -103,7 +104,7 @@ class Hadamard:
         seed: any integer.
 
     Attributes:
-        rounds: 2 for a power of two, else 3.
+        rounds: 3.
     """
 
     dim: int
@@ -112,12 +113,12 @@ class Hadamard:
 
     def __post_init__(self) -> None:
         blocks = hadamard_blocks(_checked_dim(self.dim))
-        self.rounds = 2 if len(blocks) == 1 else 3
+        self.rounds = 3
         norms = np.concatenate([np.full(size, size**-0.5) for size in blocks])
         factors = [splitmix.signs(self.seed, SIGN_STREAM + r, self.dim) * norms for r in range(self.rounds)]
         self._factors = torch.from_numpy(np.stack(factors))
         self._orders: Tensor | None = None
-        if self.rounds == 3:
+        if len(blocks) > 1:
             orders = [splitmix.permutation(self.seed, PERMUTATION_STREAM + r, self.dim) for r in (1, 2)]
             self._orders = torch.from_numpy(np.stack(orders))
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor | None]] = {}

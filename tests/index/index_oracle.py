@@ -48,7 +48,7 @@ def rotation(dim: int, seed: int) -> np.ndarray:
                 blocks[start + i, start + j] = (-1) ** (i & j).bit_count() / np.sqrt(size)
         start += size
     result = np.eye(dim)
-    for index in range(2 if len(sizes) == 1 else 3):
+    for index in range(3):
         if index and len(sizes) > 1:
             numbers = words(seed, 16 + index, dim)
             result = result[sorted(range(dim), key=numbers.__getitem__)]

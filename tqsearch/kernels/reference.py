@@ -132,10 +132,11 @@ def _decode_3(packed: Tensor, band: BandTable) -> Tensor:
 def _look_up(table: Tensor, packed: Tensor) -> Tensor:
     """table (t, m) float32 at each number of (n, w): (n, w m) float32; entries move as one element where they can."""
     wide = {1: torch.float32, 2: torch.int64, 4: torch.complex128}.get(table.shape[1])
+    width = packed.shape[1] * table.shape[1]
     index = packed.flatten().int()
     if wide is None:
-        return torch.index_select(table, 0, index).view(packed.shape[0], -1)
-    return torch.index_select(table.view(wide).flatten(), 0, index).view(torch.float32).view(packed.shape[0], -1)
+        return torch.index_select(table, 0, index).view(len(packed), width)
+    return torch.index_select(table.view(wide).flatten(), 0, index).view(torch.float32).view(len(packed), width)
 
 
 def reconstruct(packed: Tensor, scales: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
@@ -199,7 +200,7 @@ def _candidates(scores: Tensor, k: int, least: Tensor | None) -> tuple[Tensor, T
     tail = torch.arange(groups * _GROUP, count, device=scores.device).expand(queries, -1)
     maxima = whole.amax(dim=1).t()  # (q, groups)
     wanted = min(k, groups)
-    if least is not None and wanted:
+    if least is not None and wanted and queries:
         wanted = min(wanted, int((maxima > least[:, None]).sum(dim=1).max()))
     if 4 * wanted > groups:
         rows = torch.topk(scores, min(k, count), dim=0).indices.t()
