@@ -8,8 +8,9 @@ a Hadamard block of its own, nothing is padded and nothing more is stored. Block
 round, so there a random permutation goes before the second and third round: two passes more than a power of two's.
 
 Three rounds are made, 3 d log2(d) additions a vector. One leaves a one-hot vector flat, all its coordinates of one
-magnitude, the worst input for scalar levels; after two, its coordinates lie on a lattice of step 2 / sqrt(d), which costs
-up to 40 % more distortion at d = 64 and 4 bits (measured). After three, such vectors are coded as well as any from d = 128.
+magnitude, the worst input for scalar levels; after two, its coordinates lie on a lattice of step 2 / sqrt(d), which
+costs up to 40 % more distortion at d = 64 and 4 bits (measured). After three, such vectors are coded as well as any
+from d = 128 on.
 
 In float32 the transform is additions, subtractions and multiplications by fixed numbers in a fixed order, so its
 results are bit for bit the same for any batch size, on any device.
