@@ -259,9 +259,10 @@ class Layout(NamedTuple):
     Attributes:
         bands: what the kernels call BANDS.
         assemblies: what they call ASSEMBLIES.
-        slots: (slots,) int64, the coordinate of each slot; the number of coordinates where there is none.
+        slots: (slots,) int32, the coordinate of each slot; the number of coordinates where there is none.
         ends: the end of each band's slots.
         tables: (bands, 256) int8, or float32 when exact.
+        steps: (bands, 2) float32, each band's step and offset; see `BandTable`.
     """
 
     bands: tuple[tuple[int, int, int, int, int], ...]
@@ -269,27 +270,28 @@ class Layout(NamedTuple):
     slots: Tensor
     ends: tuple[int, ...]
     tables: Tensor
+    steps: Tensor
 
 
 @lru_cache(maxsize=64)
 def _layout(
-    bands: tuple[tuple[int, int, tuple[float, ...]], ...],
+    bands: tuple[tuple[int, int, tuple[float, ...], float, float], ...],
     block_c: int,
     exact: bool,
     aligned: bool,
     device: torch.device,
 ) -> Layout:
-    """The layout of bands given as (size, width, integers or levels by code)."""
+    """The layout of bands given as (size, width, integers or levels by code, step, offset)."""
     assembled = not (exact or INTERPRETED or torch.version.cuda is None)
     quad = (
         assembled
         and aligned
-        and all(size * p % (8 * block_c) == 0 for size, width, _ in bands for p in planes_of(width))
+        and all(size * p % (8 * block_c) == 0 for size, width, *_ in bands for p in planes_of(width))
     )
-    dim = sum(size for size, _, _ in bands)
+    dim = sum(size for size, *_ in bands)
     constants, assemblies, slots, tables = [], [], [], []
     first, byte, slot = 0, 0, 0
-    for size, width, values in bands:
+    for size, width, values, _, _ in bands:
         if width:
             columns = -(-size // COLUMN_DIMS[width])
             padded = -(-columns // block_c) * block_c
@@ -306,29 +308,67 @@ def _layout(
     return Layout(
         tuple(constants),
         tuple(assemblies),
-        torch.from_numpy(np.concatenate(slots)).to(device),
+        torch.from_numpy(np.concatenate(slots).astype(np.int32)).to(device),
         tuple(np.cumsum([len(part) for part in slots]).tolist()),
         torch.from_numpy(np.stack(tables)).to(device),
+        torch.tensor([[step, offset] for _, width, _, step, offset in bands if width], device=device),
     )
 
 
-def _arrange(queries: Tensor, bands: tuple[BandTable, ...], layout: Layout, exact: bool) -> Arranged:
+@triton.jit
+def arrange_kernel(
+    queries_ptr,  # (q, dim) float32, rotated
+    slots_ptr,  # (SLOTS,) int32, the coordinate of each slot, dim where there is none
+    steps_ptr,  # (bands, 2) float32: step and offset of each band
+    values_ptr,  # (q, SLOTS) int8
+    alpha_ptr,  # (q, bands) float32
+    beta_ptr,  # (q, bands) float32
+    dim,
+    BANDS: tl.constexpr,
+    ENDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rounds one query to int8 in the order of the slots, a scale for each band."""
+    query = tl.program_id(0).to(tl.int64)
+    for b in tl.static_range(len(ENDS)):
+        slots = BANDS[b][4] + tl.arange(0, BLOCK)
+        inside = slots < ENDS[b]
+        coordinate = tl.load(slots_ptr + slots, mask=inside, other=dim)
+        value = tl.load(queries_ptr + query * dim + coordinate, mask=coordinate < dim, other=0.0)
+        scale = tl.max(tl.abs(value), axis=0) / 127.0
+        rounded = tl.floor(value / tl.where(scale > 0.0, scale, 1.0) + 0.5)
+        tl.store(values_ptr + query * SLOTS + slots, rounded.to(tl.int8), mask=inside)
+        alpha = scale * tl.load(steps_ptr + 2 * b)
+        tl.store(alpha_ptr + query * len(ENDS) + b, alpha)
+        tl.store(beta_ptr + query * len(ENDS) + b, -alpha * tl.load(steps_ptr + 2 * b + 1) * tl.sum(rounded, axis=0))
+
+
+def _arrange(queries: Tensor, layout: Layout, exact: bool) -> Arranged:
     """Rotated queries (q, d) float32 in the order of the slots, rounded to int8 unless exact."""
-    values = torch.cat([queries, queries.new_zeros((len(queries), 1))], dim=1)[:, layout.slots]
+    count, bands = len(queries), len(layout.bands)
     if exact:
-        ones = queries.new_ones((len(queries), len(layout.bands)))
-        return Arranged(values, ones, torch.zeros_like(ones))
-    alphas, betas, start = [], [], 0
-    rounded = torch.empty(values.shape, dtype=torch.int8, device=values.device)
-    for band, end in zip((b for b in bands if b.width), layout.ends, strict=True):
-        part = values[:, start:end]
-        scale = part.abs().amax(dim=1) / 127.0
-        whole = torch.round(part / torch.where(scale > 0, scale, 1.0)[:, None])
-        rounded[:, start:end] = whole
-        alphas.append(scale * band.step)
-        betas.append(alphas[-1] * whole.sum(dim=1) * -band.offset)
-        start = end
-    return Arranged(rounded, torch.stack(alphas, dim=1), torch.stack(betas, dim=1))
+        padded = torch.cat([queries, queries.new_zeros((count, 1))], dim=1)
+        return Arranged(padded[:, layout.slots], queries.new_ones((count, bands)), queries.new_zeros((count, bands)))
+    slots = len(layout.slots)
+    values = torch.empty((count, slots), dtype=torch.int8, device=queries.device)
+    factors = torch.empty((2, count, bands), dtype=torch.float32, device=queries.device)
+    widest = max(end - band[4] for end, band in zip(layout.ends, layout.bands, strict=True))
+    arrange_kernel[(count,)](
+        queries.contiguous(),
+        layout.slots,
+        layout.steps,
+        values,
+        factors[0],
+        factors[1],
+        queries.shape[1],
+        BANDS=layout.bands,
+        ENDS=layout.ends,
+        SLOTS=slots,
+        BLOCK=triton.next_power_of_2(widest),
+        num_warps=4,
+    )
+    return Arranged(values, factors[0], factors[1])
 
 
 # Chosen on an H200 among twelve cuts a row; by the widest band's width and the queries a program, up to so many.
@@ -353,6 +393,10 @@ def config_for(queries: int, bands: tuple[BandTable, ...], exact: bool) -> Confi
     return config._replace(block_c=whole or min(config.block_c, 64))
 
 
+def _values(band: BandTable, exact: bool) -> tuple[float, ...]:
+    return tuple(band.levels.tolist()) if exact else band.steps
+
+
 class Scanner:
     """One batch of queries over one run of rows: the steps of `scan`, with all that they share."""
 
@@ -370,10 +414,10 @@ class Scanner:
         self.packed, self.scales, self.bias, self.exact = packed, scales, bias, exact
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.config = config or config_for(len(queries), bands, exact)
-        key = tuple((b.size, b.width, tuple(b.levels.tolist()) if exact else b.steps) for b in bands)
+        key = tuple((b.size, b.width, _values(b, exact), b.step, b.offset) for b in bands)
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
         self.layout = _layout(key, self.config.block_c, exact, aligned, packed.device)
-        self.queries = _arrange(queries, bands, self.layout, exact)
+        self.queries = _arrange(queries, self.layout, exact)
 
     def _shared(self, queries: slice, rows: slice) -> tuple[tuple[object, ...], dict[str, object]]:
         none = self.layout.tables
@@ -446,14 +490,19 @@ def scan(
     if count == 0 or n == 0:
         return queries.new_empty((count, k)), torch.empty((count, k), dtype=torch.int64, device=packed.device)
     scanner = Scanner(queries, packed, scales, bias, mask, bands, precision == "exact")
-    floats = packed.numel() // 160 + (1 << 20)  # numbers held at once by a step: 2.5 % of the codes, and 4 MB
+    floats = _numbers_held(packed)
     tiles = -(-n // TILE)
     if tiles < 4 * k:
         parts = [_top_of_scores(scanner, part, k, floats) for part in _split(count, max(1, floats // min(n, 1 << 16)))]
     else:
         parts = [_top_of_tiles(scanner, part, k, floats) for part in _split(count, max(1, floats // tiles))]
-    scores, rows = (torch.cat(column) for column in zip(*parts, strict=True))
+    scores, rows = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
     return scores, rows.masked_fill(scores == -math.inf, -1)
+
+
+def _numbers_held(packed: Tensor) -> int:
+    """How many float32 a step may hold at once: 2.5 % of the codes, and 4 MB."""
+    return packed.numel() // 160 + (1 << 20)
 
 
 def _split(count: int, most: int) -> list[slice]:
@@ -486,4 +535,4 @@ def _top_of_tiles(scanner: Scanner, queries: slice, k: int, floats: int) -> tupl
         top, place = torch.topk(candidates, k, dim=1)
         scores.append(top)
         rows.append(tiles.gather(1, place // TILE) * TILE + place % TILE)
-    return torch.cat(scores), torch.cat(rows)
+    return (scores[0], rows[0]) if len(rows) == 1 else (torch.cat(scores), torch.cat(rows))
