@@ -9,6 +9,7 @@ from benchmarks.threads import pin, requested_threads
 # A benchmark is a module with `main(arguments) -> int`; adding one is one line.
 COMMANDS = {
     "search": ("benchmarks.search", "TurboQuant against FAISS, turbovec and exact search at equal bytes per vector"),
+    "kernels": ("benchmarks.kernels", "the GPU scan against float16 matrix products and topk, and against the limits"),
     "distortion": ("benchmarks.distortion", "the codec's distortion and inner-product error beside theory"),
 }
 

@@ -72,7 +72,12 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with `+` where the package or the benchmarks differ from it; None outside of git."""
+    """The commit of the checkout, with `+` where the package or the benchmarks differ from it; None outside of git.
+
+    In a copy without git, `$TQSEARCH_COMMIT` says it.
+    """
+    if os.environ.get("TQSEARCH_COMMIT"):
+        return os.environ["TQSEARCH_COMMIT"]
     try:
         head = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--", "tqsearch", "benchmarks/*.py")

@@ -8,7 +8,7 @@ import pytest
 
 from tqsearch.locks import ReadWriteLock
 
-LONG = 20.0  # seconds until a test says that a thread hangs; none waits for it
+LONG = 10.0  # seconds until a test says that a thread hangs; none waits for it
 
 
 def start(*targets: Callable[[], None]) -> list[threading.Thread]:
@@ -139,8 +139,9 @@ def test_an_error_inside_releases_the_lock(kind: str) -> None:
     assert passed == ["write", "read"]
 
 
-def test_one_who_gives_up_waiting_does_not_block_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupt while waiting (Ctrl-C) takes the waiter out of the queue."""
+@pytest.mark.parametrize("ahead", [False, True], ids=["alone", "behind a writer"])
+def test_one_who_gives_up_waiting_does_not_block_the_rest(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
+    """An interrupt while waiting (Ctrl-C) takes that waiter out of the queue, and not the one before it."""
     lock, passed = ReadWriteLock(), []
     holds, release, interrupt = threading.Event(), threading.Event(), threading.Event()
 
@@ -162,16 +163,25 @@ def test_one_who_gives_up_waiting_does_not_block_the_rest(monkeypatch: pytest.Mo
             pass
         interrupt.set()
 
-    threads = start(holder)
-    assert holds.wait(LONG)
-    threads += start(interrupted)
-    assert interrupt.wait(LONG)
+    def writer() -> None:
+        with lock.write():
+            passed.append("writer")
 
     def reader() -> None:
         with lock.read():
             passed.append("reader")
 
-    join(start(reader))
-    assert passed == ["reader"]
+    threads = start(holder)
+    assert holds.wait(LONG)
+    if ahead:
+        threads += start(writer)
+        time.sleep(0.05)  # it waits
+    threads += start(interrupted)
+    assert interrupt.wait(LONG)
+    threads += start(reader)
+    if not ahead:
+        threads[-1].join(LONG)
+        assert passed == ["reader"], "the reader waits for one who has gone"
     release.set()
     join(threads)
+    assert passed == (["writer", "reader"] if ahead else ["reader"])

@@ -1,8 +1,9 @@
 """One index, several threads: searches beside each other, and beside changes."""
 
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,19 @@ import numpy as np
 import pytest
 from index_oracle import parse
 
+from tqsearch import kernels
 from tqsearch.index import TurboQuantIndex
 
 DIM = 16
+
+
+@pytest.fixture(autouse=True)
+def threads_take_turns_often() -> Iterator[None]:
+    """So that an unguarded step is cut in the middle within a second, not once a year."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 def rows(n: int, seed: int = 0) -> np.ndarray:
@@ -155,3 +166,27 @@ def test_adds_beside_each_other_give_each_its_own_ids() -> None:
     nearest = np.asarray(index.search(np.concatenate(batches), 1)[1]).reshape(40, 10)
     np.testing.assert_array_equal(nearest - nearest[:, :1], np.tile(np.arange(10), (40, 1)))
     np.testing.assert_array_equal(np.sort(nearest[:, 0]), np.arange(0, 400, 10))
+
+
+def test_a_change_waits_for_the_search_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removal that starts in the middle of a search is done after it; the search sees the vectors as they were."""
+    index = TurboQuantIndex(DIM, 4, "l2")
+    index.add(rows(50))
+    query, scan = rows(1, 9)[0], kernels.scan
+    wanted = np.asarray(index.search(query, 50)[0])
+    removal = threading.Thread(target=index.remove, args=(list(range(25)),), daemon=True)
+    waited = []
+
+    def scan_beside_removal(*args: Any, **options: Any) -> Any:
+        removal.start()
+        removal.join(0.2)  # time enough to be done, if nothing held it back
+        waited.append(removal.is_alive())
+        return scan(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "scan", scan_beside_removal)
+        scores = np.asarray(index.search(query, 50)[0])
+    removal.join(10)
+    assert waited == [True]
+    np.testing.assert_array_equal(scores, wanted)
+    assert index.ids.tolist() == list(range(25, 50))

@@ -1,0 +1,180 @@
+"""`python -m benchmarks kernels`: the GPU scan beside exact search by matrix product, and beside the limits.
+
+The rival is exact: float16 vectors, `queries @ vectors.T` in blocks of a million rows, `torch.topk` of each and of all.
+Ours is `kernels.scan`, from rotated float32 queries to scores and rows. Codes are random bytes: time does not depend on
+them. Medians by device events. The limits are measured in the same run: a large device-to-device copy, bytes read and
+written, and `torch._int_mm` of 8192 x 8192 x 8192 int8.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.environment import environment
+from benchmarks.search import RESULTS
+from tqsearch import TurboQuantizer, kernels
+
+K = 10
+BATCHES = (1, 16, 64, 256, 1024)
+# Vectors, dimensions, widths, share of the rows that a filter allows.
+SHAPES = (
+    (4_000_000, 1024, (4, 3, 2, 1), 1.0),
+    (4_000_000, 768, (4,), 1.0),
+    (4_000_000, 1536, (4,), 1.0),
+    (10_000_000, 1024, (4,), 1.0),
+    (40_000_000, 1024, (4,), 1.0),
+    (4_000_000, 1024, (4,), 0.01),
+)
+QUICK_SHAPES = ((1_000_000, 256, (4, 1), 1.0),)
+RIVAL_BLOCK = 1_000_000
+COLUMNS = (
+    "vectors",
+    "d",
+    "bits",
+    "batch",
+    "ours, ms",
+    "float16 + topk, ms",
+    "times as fast",
+    "codes, TB/s",
+    "of the copy",
+    "TOP/s",
+    "of _int_mm",
+    "extra memory, MB",
+    "filter allows",
+)
+
+
+def milliseconds(action: Callable[[], object], budget: float = 0.3) -> float:
+    """The median of a call by device events, after a warm-up, over about `budget` seconds."""
+    for _ in range(3):
+        action()
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < 1000 * budget and len(times) < 200):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        action()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def copy_rate() -> float:
+    """Bytes read and written a second, in TB/s."""
+    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e9
+
+
+def int8_rate() -> float:
+    """Of `torch._int_mm`, in TOP/s, on random numbers."""
+    left, right = (torch.randint(-127, 128, (8192, 8192), dtype=torch.int8, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / milliseconds(lambda: torch._int_mm(left, right.t())) / 1e9
+
+
+def exact_search(queries: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The rival: float16 products and topk, a block at a time."""
+    scores, rows = [], []
+    for start in range(0, len(vectors), RIVAL_BLOCK):
+        top = torch.topk(queries @ vectors[start : start + RIVAL_BLOCK].t(), k, dim=1)
+        scores.append(top.values)
+        rows.append(top.indices + start)
+    best, place = torch.topk(torch.cat(scores, dim=1), k, dim=1)
+    return best, torch.cat(rows, dim=1).gather(1, place)
+
+
+def random_vectors(count: int, dim: int) -> Tensor:
+    """(count, dim) float16, filled a block at a time."""
+    vectors = torch.empty((count, dim), dtype=torch.float16, device="cuda")
+    for block in vectors.split(RIVAL_BLOCK):
+        block.normal_()
+    return vectors
+
+
+def rival_times(count: int, dim: int, queries: dict[int, Tensor]) -> dict[int, float]:
+    """Milliseconds of the rival by batch; its vectors are given back afterwards."""
+    vectors = random_vectors(count, dim)
+    return {batch: milliseconds(lambda q=q: exact_search(q.half(), vectors, K)) for batch, q in queries.items()}  # type: ignore[misc]
+
+
+def rows_of(
+    count: int, dim: int, widths: tuple[int, ...], share: float, limits: tuple[float, float]
+) -> list[list[Any]]:
+    """The table's rows of one shape."""
+    mask = None if share == 1.0 else torch.rand(count, device="cuda") < share
+    queries = {batch: torch.randn((batch, dim), device="cuda") for batch in BATCHES}
+    rival = rival_times(count, dim, queries)
+    torch.cuda.empty_cache()
+    rows: list[list[Any]] = []
+    for bits in widths:
+        quantizer = TurboQuantizer(dim, bits)
+        tables = quantizer.tables(torch.device("cuda"))
+        packed = torch.randint(0, 256, (count, quantizer.plan.bytes_per_vector), dtype=torch.uint8, device="cuda")
+        scales = torch.rand(count, device="cuda").half()
+        for batch, q in queries.items():
+
+            def ours(q: Tensor = q, packed: Tensor = packed, scales: Tensor = scales, tables: Any = tables) -> object:
+                return kernels.scan(q, packed, scales, None, mask, tables, K)
+
+            time = milliseconds(ours)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            ours()
+            extra = torch.cuda.max_memory_allocated() - before
+            bandwidth = packed.numel() / time / 1e9
+            operations = 2 * batch * count * dim / time / 1e9
+            rows.append(
+                [
+                    count,
+                    dim,
+                    bits,
+                    batch,
+                    round(time, 3),
+                    round(rival[batch], 3),
+                    round(rival[batch] / time, 2),
+                    round(bandwidth, 2),
+                    round(bandwidth / limits[0], 2),
+                    round(operations),
+                    round(operations / limits[1], 2),
+                    round(extra / 1e6, 1),
+                    "all" if share == 1.0 else f"{share:.0%}",
+                ]
+            )
+        del packed
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one small shape")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("benchmarks kernels needs a CUDA GPU, and torch sees none")
+        return 1
+    torch.manual_seed(options.seed)
+    limits = copy_rate(), int8_rate()
+    torch.cuda.empty_cache()
+    path = options.out / "kernels.json"
+    result: dict[str, Any] = {
+        "environment": environment(options.seed),
+        "copy, TB/s": round(limits[0], 2),
+        "_int_mm, TOP/s": round(limits[1]),
+        "columns": list(COLUMNS),
+        "rows": [],
+    }
+    for count, dim, widths, share in tqdm(QUICK_SHAPES if options.quick else SHAPES, unit="shape"):
+        result["rows"] += rows_of(count, dim, widths, share, limits)
+        path.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept
+    for row in result["rows"]:
+        print("  ".join(f"{cell!s:>10}" for cell in row))
+    print(f"copy {limits[0]:.2f} TB/s, _int_mm {limits[1]:.0f} TOP/s; written to {path.name}")
+    return 0
