@@ -180,7 +180,7 @@ class IndexBesideNumpy(RuleBasedStateMachine):
 
 TestIndexBesideNumpy = IndexBesideNumpy.TestCase
 TestIndexBesideNumpy.settings = settings(
-    max_examples=50, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
