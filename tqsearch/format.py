@@ -20,7 +20,7 @@ The tensors, none if `count` is 0, in this order, without gaps:
 `ids`      I64   [count]               only if the ids are not 0, 1, 2, ... in the order of the rows
 `centre`   F32   [dim]                 only if the index was trained, also if `count` is 0: c, taken off every vector
 `bias`     F32   [count]               only for metric "l2": -|x - c|^2
-`scales`   F16   [count]               F32 unless the metric is "cosine"; see `quantizer`
+`scales`   F16   [count]               F32 unless the metric is "cosine" and no band has 0 bits; see `quantizer`
 `packed`   U8    [count, row bytes]    the codes, in the layout of `packing`
 ========== ===== ===================== =================================================================================
 
@@ -254,7 +254,8 @@ def _check_columns(path: str | os.PathLike[str], header: Header, columns: Column
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     if count:
         row_bytes = BitPlan.from_pairs(header.plan).bytes_per_vector
-        wanted["scales"] = (torch.float16 if header.metric == "cosine" else torch.float32, (count,))
+        half = header.metric == "cosine" and all(width for _, width in header.plan)
+        wanted["scales"] = (torch.float16 if half else torch.float32, (count,))
         wanted["packed"] = (torch.uint8, (count, row_bytes))
         if header.metric == "l2":
             wanted["bias"] = (torch.float32, (count,))

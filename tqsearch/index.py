@@ -479,7 +479,6 @@ def _quantizer(
         seed=seed,
         centre=centre,
         unit=metric == "cosine",
-        scale_dtype=torch.float16 if metric == "cosine" else torch.float32,
         backend=backend,
     )
 

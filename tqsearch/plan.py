@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tqsearch.codebook import MAX_BITS, lloyd_max
 from tqsearch.errors import InvalidInputError
+
+NUMBER = (int, float, np.integer, np.floating)
 
 # A width is stored as planes, each of whose fields divides a byte: 3 bits are a 2-bit plane and a 1-bit plane.
 _PLANES = {width: tuple(p for p in (8, 4, 2, 1) if width & p) for width in range(MAX_BITS + 1)}
@@ -79,7 +83,7 @@ class BitPlan:
             if bits.dim != dim:
                 raise InvalidInputError(f"the plan must cover {dim} coordinates, got one for {bits.dim}")
             return bits
-        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 <= bits <= MAX_BITS:
+        if isinstance(bits, bool) or not isinstance(bits, NUMBER) or not 0 <= bits <= MAX_BITS:
             raise InvalidInputError(f"bits must be a number from 0 to {MAX_BITS} or a BitPlan, got {bits!r}")
         low = int(bits)
         wide = min(8 * round((bits - low) * dim / 8), dim)

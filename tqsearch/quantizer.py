@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from tqsearch.arrays import ArrayLike, as_matrix, like
 from tqsearch.codebook import MAX_BITS, Codebook, lloyd_max, on_grid
 from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BandTable
-from tqsearch.plan import BitPlan
+from tqsearch.plan import NUMBER, BitPlan
 from tqsearch.qjl import QJL
 from tqsearch.rotation import Hadamard, make_rotation
 
@@ -67,7 +68,8 @@ class TurboQuantizer:
         projection: of form "prod": "gaussian" (the paper's) or "orthogonal" (less noise).
         centre: (dim,) numbers taken off every vector before it is coded, such as the mean of a sample; None for zero.
         unit: whether vectors are divided by their norms first; their codes then stand for the unit vectors.
-        scale_dtype: torch.float32, or torch.float16 where norms are known to be near 1.
+        scale_dtype: torch.float32 or torch.float16; None for float16 where scales are near 1 / sqrt(dim), that is with
+            `unit` and a plan that keeps bits of every coordinate, else float32.
         device: where codes are made; None for the vectors' own device.
         backend: see `kernels.select`.
 
@@ -84,7 +86,7 @@ class TurboQuantizer:
         rotation: str = "hadamard",
         seed: int = 0,
         projection: Literal["gaussian", "orthogonal"] = "gaussian",
-        scale_dtype: torch.dtype = torch.float32,
+        scale_dtype: torch.dtype | None = None,
         centre: ArrayLike | None = None,
         unit: bool = False,
         device: str | torch.device | None = None,
@@ -92,11 +94,15 @@ class TurboQuantizer:
     ) -> None:
         if form not in ("mse", "prod"):
             raise InvalidInputError(f"form must be 'mse' or 'prod', got {form!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise InvalidInputError(f"seed must be an integer, got {seed!r}")
+        self.rotation = make_rotation(rotation, dim, int(seed))
         self.dim, self.form, self.seed, self.backend = int(dim), form, int(seed), backend
-        self.rotation = make_rotation(rotation, self.dim, self.seed)
         self.plan = BitPlan.of(self.dim, _less_one(bits) if form == "prod" else bits)
         if form == "mse" and self.plan.bytes_per_vector == 0:
             raise InvalidInputError(f"bits must be above 0 for form 'mse', got the plan {self.plan}")
+        if scale_dtype is None:
+            scale_dtype = torch.float16 if unit and all(band.width for band in self.plan.bands) else torch.float32
         if scale_dtype not in (torch.float32, torch.float16):
             raise InvalidInputError(f"scale_dtype must be torch.float32 or torch.float16, got {scale_dtype}")
         self.scale_dtype = scale_dtype
@@ -243,8 +249,8 @@ def _integers(book: Codebook, dim: int) -> tuple[tuple[int, ...], float, float]:
 def _less_one(bits: float | BitPlan) -> float | BitPlan:
     if isinstance(bits, BitPlan):
         return BitPlan.from_pairs([(size, width - 1) for size, width in bits.pairs()])
-    if isinstance(bits, bool) or not isinstance(bits, int | float) or not 1 <= bits <= MAX_BITS:
+    if isinstance(bits, bool) or not isinstance(bits, NUMBER) or not 1 <= bits <= MAX_BITS:
         raise InvalidInputError(
             f"bits must be a number from 1 to {MAX_BITS} or a BitPlan for form 'prod', got {bits!r}"
         )
-    return bits - 1
+    return float(bits) - 1

@@ -113,7 +113,8 @@ class Hadamard:
     name: str = field(default="hadamard", init=False)
 
     def __post_init__(self) -> None:
-        blocks = hadamard_blocks(_checked_dim(self.dim))
+        self.dim = _checked_dim(self.dim)
+        blocks = hadamard_blocks(self.dim)
         self.rounds = 3
         norms = np.concatenate([np.full(size, size**-0.5) for size in blocks])
         factors = [splitmix.signs(self.seed, SIGN_STREAM + r, self.dim) * norms for r in range(self.rounds)]
@@ -169,7 +170,8 @@ class Dense:
     name: str = field(default="dense", init=False)
 
     def __post_init__(self) -> None:
-        self._matrix = torch.from_numpy(orthogonal_matrix(_checked_dim(self.dim), self.seed, DENSE_STREAM))
+        self.dim = _checked_dim(self.dim)
+        self._matrix = torch.from_numpy(orthogonal_matrix(self.dim, self.seed, DENSE_STREAM))
         self._cache: dict[torch.device, Tensor] = {}
 
     def matrix(self, device: torch.device) -> Tensor:
@@ -198,7 +200,7 @@ class Identity:
     name: str = field(default="identity", init=False)
 
     def __post_init__(self) -> None:
-        _checked_dim(self.dim)
+        self.dim = _checked_dim(self.dim)
 
     def apply(self, vectors: Tensor) -> Tensor:
         """The rows themselves, float32 (float64 for float64)."""
@@ -233,9 +235,9 @@ def orthogonal_matrix(dim: int, seed: int, stream: int) -> np.ndarray[tuple[int,
 
 
 def _checked_dim(dim: int) -> int:
-    if not 1 <= dim <= MAX_DIM:
-        raise InvalidInputError(f"dim must be from 1 to {MAX_DIM}, got {dim}")
-    return dim
+    if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim <= MAX_DIM:
+        raise InvalidInputError(f"dim must be an integer from 1 to {MAX_DIM}, got {dim!r}")
+    return int(dim)
 
 
 def _working(vectors: Tensor) -> Tensor:
