@@ -197,6 +197,7 @@ def main(argv: list[str]) -> int:
         "environment": environment(chosen.seed),
         "samples": [{"d": dim, "seeds": seeds, "vectors a seed": count} for dim, (seeds, count) in samples.items()],
         "interval level": 1 - miss,
+        "views": {"mse": COLUMNS[:8], "products": COLUMNS[:2] + COLUMNS[8:]},
         "columns": COLUMNS,
         "rows": rows,
     }

@@ -92,7 +92,7 @@ def chart(
             alpha=1 if ours else 0.85,
             zorder=5 if ours else 2,
         )
-        if ours:
+        if family == OURS[0]:
             annotate(axes, shown, xs, ys)
     (axes.set_xscale if logarithmic == "x" else axes.set_yscale)("log")
     if logarithmic == "x":

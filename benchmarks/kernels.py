@@ -22,16 +22,19 @@ from tqsearch import TurboQuantizer, kernels
 
 K = 10
 BATCHES = (1, 16, 64, 256, 1024)
-# Vectors, dimensions, widths, share of the rows that a filter allows.
-SHAPES = (
-    (4_000_000, 1024, (4, 3, 2, 1), 1.0),
-    (4_000_000, 768, (4,), 1.0),
-    (4_000_000, 1536, (4,), 1.0),
-    (10_000_000, 1024, (4,), 1.0),
-    (40_000_000, 1024, (4,), 1.0),
-    (4_000_000, 1024, (4,), 0.01),
-)
-QUICK_SHAPES = ((1_000_000, 256, (4, 1), 1.0),)
+# By result file: vectors, dimensions, widths, share of the rows that a filter allows.
+Shapes = tuple[tuple[int, int, tuple[int, ...], float], ...]
+RESULT_SHAPES: dict[str, Shapes] = {
+    "kernels": ((4_000_000, 1024, (4, 3, 2, 1), 1.0),),
+    "kernels-shapes": (
+        (4_000_000, 768, (4,), 1.0),
+        (4_000_000, 1536, (4,), 1.0),
+        (10_000_000, 1024, (4,), 1.0),
+        (40_000_000, 1024, (4,), 1.0),
+        (4_000_000, 1024, (4,), 0.01),
+    ),
+}
+QUICK_SHAPES: dict[str, Shapes] = {"kernels-quick": ((1_000_000, 256, (4, 1), 1.0),)}
 RIVAL_BLOCK = 1_000_000
 COLUMNS = (
     "vectors",
@@ -153,7 +156,7 @@ def rows_of(
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one small shape")
+    parser.add_argument("--quick", action="store_true", help="one small shape, in a file of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
@@ -163,18 +166,19 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(options.seed)
     limits = copy_rate(), int8_rate()
     torch.cuda.empty_cache()
-    path = options.out / "kernels.json"
-    result: dict[str, Any] = {
-        "environment": environment(options.seed),
-        "copy, TB/s": round(limits[0], 2),
-        "_int_mm, TOP/s": round(limits[1]),
-        "columns": list(COLUMNS),
-        "rows": [],
-    }
-    for count, dim, widths, share in tqdm(QUICK_SHAPES if options.quick else SHAPES, unit="shape"):
-        result["rows"] += rows_of(count, dim, widths, share, limits)
-        path.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept
-    for row in result["rows"]:
-        print("  ".join(f"{cell!s:>10}" for cell in row))
-    print(f"copy {limits[0]:.2f} TB/s, _int_mm {limits[1]:.0f} TOP/s; written to {path.name}")
+    for name, shapes in (QUICK_SHAPES if options.quick else RESULT_SHAPES).items():
+        result: dict[str, Any] = {
+            "environment": environment(options.seed),
+            "copy, TB/s": round(limits[0], 2),
+            "_int_mm, TOP/s": round(limits[1]),
+            "columns": list(COLUMNS),
+            "rows": [],
+        }
+        for count, dim, widths, share in tqdm(shapes, desc=name, unit="shape"):
+            result["rows"] += rows_of(count, dim, widths, share, limits)
+            # What is measured is kept, if the next shape does not fit.
+            (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        for row in result["rows"]:
+            print("  ".join(f"{cell!s:>10}" for cell in row))
+    print(f"copy {limits[0]:.2f} TB/s, _int_mm {limits[1]:.0f} TOP/s")
     return 0

@@ -1,7 +1,7 @@
 """`python -m benchmarks.report`: the tables and figures of the README and of docs/, from the JSON files in results/.
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`, where NAME is that of a file in results/ without its
-`.json`; `NAME-full` is a search at all widths with remarks. `--check` writes nothing and fails where a page differs
+`.json`; `NAME-full` is a search at all widths with remarks, `NAME.VIEW` some columns of a result that has views. `--check` writes nothing and fails where a page differs
 from what would be written, or a figure is missing. Only the existence of figures is checked: their bytes depend on the
 version of matplotlib.
 """
@@ -31,6 +31,9 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str | None:
         if "columns" in result:
             return tables.generic(result)
         return tables.search(result) if result.get("benchmark") == "search" else None
+    whole, _, view = name.rpartition(".")
+    if whole in results and view in results[whole].get("views", {}):
+        return tables.generic(tables.viewed(results[whole], view))
     base = name.removesuffix("-full")
     if base != name and results.get(base, {}).get("benchmark") == "search":
         return tables.search(results[base], full=True)

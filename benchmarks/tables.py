@@ -58,6 +58,13 @@ def generic(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def viewed(result: dict[str, Any], view: str) -> dict[str, Any]:
+    """A result with `columns` and `rows` cut to the columns that one of its `views` names."""
+    kept = [result["columns"].index(name) for name in result["views"][view]]
+    rows = [[row[position] for position in kept] for row in result["rows"]]
+    return {**result, "columns": result["views"][view], "rows": rows}
+
+
 def at_budget(runs: list[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
     """The runs of one family that are compared at a budget.
 
