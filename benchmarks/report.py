@@ -1,9 +1,9 @@
 """`python -m benchmarks.report`: the tables and figures of the README and of docs/, from the JSON files in results/.
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`, where NAME is that of a file in results/ without its
-`.json`; `NAME-full` is a search at all widths with remarks, `NAME.VIEW` some columns of a result that has views. `--check` writes nothing and fails where a page differs
-from what would be written, or a figure is missing. Only the existence of figures is checked: their bytes depend on the
-version of matplotlib.
+`.json`; `NAME-full` is a search at all widths with remarks, `NAME.VIEW` some columns of a result that has views.
+`--check` writes nothing and fails where a page differs from what would be written, or a figure is missing. Only the
+existence of figures is checked: their bytes depend on the version of matplotlib.
 """
 
 import argparse
