@@ -395,3 +395,34 @@ def test_golden_codes_never_change():
 
 
 SIGNS_OF_SEED_ONE = ([1, 1, -1, -1, 1, 1, -1, 1], [-1, -1, 1, -1, 1, -1, -1, 1])  # top bits of words(1, 0 and 1, 8)
+
+
+@pytest.mark.parametrize("dim", [0, 8193, 8.5, True, "8"])
+def test_dimensions_that_are_refused(dim):
+    with pytest.raises(InvalidInputError, match=f"dim must be an integer from 1 to 8192, got {dim!r}"):
+        TurboQuantizer(dim)
+
+
+@pytest.mark.parametrize("seed", [1.5, True, "1"])
+def test_seeds_that_are_refused(seed):
+    with pytest.raises(InvalidInputError, match=f"seed must be an integer, got {seed!r}"):
+        TurboQuantizer(8, seed=seed)
+
+
+def test_numpy_numbers_are_numbers():
+    quantizer = TurboQuantizer(np.int64(16), np.float32(2.5), seed=np.int32(3))
+    assert quantizer.plan.pairs() == [(8, 3), (8, 2)]
+    x = np.random.default_rng(0).standard_normal((4, 16), dtype=np.float32)
+    assert torch.equal(quantizer.encode(x).packed, TurboQuantizer(16, 2.5, seed=3).encode(x).packed)
+
+
+def test_scales_stay_finite_where_most_coordinates_are_dropped():
+    """A vector that lies in the dropped coordinates has a scale far above float16's 65504."""
+    plan = BitPlan.from_pairs([(1, 8), (127, 0)])
+    quantizer = TurboQuantizer(128, plan, unit=True, rotation="identity")
+    x = np.zeros((2, 128), np.float32)
+    x[:, 1], x[:, 0] = 1.0, [1e-9, 0.5]
+    scales = quantizer.encode(x).scales
+    assert scales.dtype == torch.float32
+    assert torch.isfinite(scales).all()
+    assert TurboQuantizer(128, 1, unit=True).encode(x).scales.dtype == torch.float16
