@@ -308,8 +308,8 @@ def test_scales_in_float16_are_the_float32_ones_rounded(rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dim": 0}, "dim must be from 1 to 8192, got 0"),
-        ({"dim": 8193}, "dim must be from 1 to 8192, got 8193"),
+        ({"dim": 0}, "dim must be an integer from 1 to 8192, got 0"),
+        ({"dim": 8193}, "dim must be an integer from 1 to 8192, got 8193"),
         ({"bits": 9}, "bits must be a number from 0 to 8 or a BitPlan, got 9"),
         ({"bits": 0}, "bits must be above 0 for form 'mse'"),
         ({"bits": "4"}, "bits must be a number"),
@@ -351,7 +351,7 @@ def test_a_centre_is_taken_off_and_put_back(rng, rotation):
 def test_unit_codes_stand_for_the_unit_vectors(oracle, rng):
     x = vectors(rng, 65, 24)
     unit = x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
-    quantizer = TurboQuantizer(24, 4, unit=True)
+    quantizer = TurboQuantizer(24, 4, unit=True, scale_dtype=torch.float32)
     codes = quantizer.encode(x)
     numbers, _ = levels_of(oracle, quantizer, codes)
     oracle.count_wrong_codes(numbers, oracle.unit(x, 0), list(oracle.tables([(24, 4)], 24)), 2 * oracle.rounding(24))
@@ -381,20 +381,26 @@ def test_centre_and_unit_go_with_the_mse_form(options):
         TurboQuantizer(24, form="prod", **options)
 
 
-def test_golden_codes_never_change():
-    """A file's meaning, end to end: x = e_0, d = 8, seed 1, 2 bits. Rounds: signs of streams 0 and 1, by hand."""
+def test_golden_codes_never_change(oracle):
+    """A file's meaning, end to end: x = 1 .. 8, d = 8, seed 1, 2 bits. Signs of streams 0 to 2, by hand."""
     quantizer = TurboQuantizer(8, 2, seed=1)
-    x = np.eye(8, dtype=np.float32)[:1]
+    x = np.arange(1, 9, dtype=np.float32)[None]
     h = linalg.hadamard(8) / math.sqrt(8)
-    first, second = SIGNS_OF_SEED_ONE
-    u = h @ (np.array(second) * (h @ (np.array(first) * x[0]))) * math.sqrt(8)
-    codes = np.searchsorted([-0.95, 0.0, 0.95], u)  # boundaries of 2 bits lie near 0.95; u is not
-    assert np.abs(np.abs(u) - 0.95).min() > 0.1
+    u = x[0] * math.sqrt(8) / np.linalg.norm(x)
+    for signs in SIGNS_OF_SEED_ONE:
+        u = h @ (np.array(signs) * u)
+    boundaries = oracle.lloyd(2, 8)[1]
+    codes = np.searchsorted(boundaries, u)
+    assert np.abs(u[:, None] - boundaries).min() > 1e-3
     packed = [sum(int(c) << (2 * i) for i, c in enumerate(part)) for part in (codes[:4], codes[4:])]
     assert quantizer.encode(x).packed.tolist() == [packed]
 
 
-SIGNS_OF_SEED_ONE = ([1, 1, -1, -1, 1, 1, -1, 1], [-1, -1, 1, -1, 1, -1, -1, 1])  # top bits of words(1, 0 and 1, 8)
+SIGNS_OF_SEED_ONE = (  # top bits of words(1, 0 to 2, 8)
+    [1, 1, -1, -1, 1, 1, -1, 1],
+    [-1, -1, 1, -1, 1, -1, -1, 1],
+    [-1, 1, 1, -1, 1, 1, 1, 1],
+)
 
 
 @pytest.mark.parametrize("dim", [0, 8193, 8.5, True, "8"])

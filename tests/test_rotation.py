@@ -197,7 +197,7 @@ def test_golden_signs_of_a_transform_never_change():
 @pytest.mark.parametrize("dim", [0, -3, 8193])
 @pytest.mark.parametrize("name", ["hadamard", "dense", "identity"])
 def test_a_bad_dim_is_named(name, dim):
-    with pytest.raises(InvalidInputError, match=f"dim must be from 1 to 8192, got {dim}"):
+    with pytest.raises(InvalidInputError, match=f"dim must be an integer from 1 to 8192, got {dim}"):
         make_rotation(name, dim, 0)
 
 

@@ -288,7 +288,8 @@ def _check_tensors(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> No
     if "centre" in tensors:
         wanted["centre"] = ("<f4", (header["dim"],))
     if count:
-        wanted["scales"] = ("<f2" if header["metric"] == "cosine" else "<f4", (count,))
+        half = header["metric"] == "cosine" and all(width for _, width in header["plan"])
+        wanted["scales"] = ("<f2" if half else "<f4", (count,))
         wanted["packed"] = ("|u1", (count, row_bytes))
         if header["metric"] == "l2":
             wanted["bias"] = ("<f4", (count,))

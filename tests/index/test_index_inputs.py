@@ -184,8 +184,8 @@ def test_a_bad_second_add_of_an_empty_index_leaves_it_empty(saved: SavedOf) -> N
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"dim": 0}, "dim must be from 1 to 8192, got 0"),
-        ({"dim": 8193}, "dim must be from 1 to 8192, got 8193"),
+        ({"dim": 0}, "dim must be an integer from 1 to 8192, got 0"),
+        ({"dim": 8193}, "dim must be an integer from 1 to 8192, got 8193"),
         ({"bits": 0}, "bits must be above 0"),
         ({"bits": 9}, "bits must be a number from 0 to 8 or a BitPlan, got 9"),
         ({"bits": "4"}, "bits must be a number from 0 to 8 or a BitPlan, got '4'"),
