@@ -48,7 +48,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=usable_cores(), help="for all contestants; all cores by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--only", action="append", choices=list(FAMILIES), help="run only this family; may be repeated")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--update", action="store_true", help="with --only: measure these families again, keep the file's other rows"
+    )
+    options = parser.parse_args(arguments)
+    if options.update and not options.only:
+        parser.error("--update needs --only: which families to measure again")
+    return options
 
 
 def smaller(data: Dataset, effort: Effort) -> Dataset:
@@ -108,7 +114,6 @@ def main(arguments: list[str]) -> int:
     effort = QUICK if options.quick else FULL
     data = smaller(load_dataset(options.dataset), effort)
     budgets, runs, left_out = plan(data.dim, data.metric, quick=options.quick)
-    runs = [run for run in runs if not options.only or run[0] in options.only]
     problem = Problem(data.dim, data.metric, SEED, effort.pq_iterations)
     result: dict[str, Any] = {
         "benchmark": "search",
@@ -127,6 +132,13 @@ def main(arguments: list[str]) -> int:
         "runs": [],
     }
     target = options.out / f"search-{data.name}{'-quick' if options.quick else ''}.json"
+    old: list[dict[str, Any]] = []
+    if options.update:
+        before = json.loads(target.read_text())
+        old = [row for row in before["runs"] if row["family"] not in options.only]
+        again = before.get("again", {}) | dict.fromkeys(options.only, result["environment"])
+        result |= {"environment": before["environment"], "again": again, "notes": before["notes"] | result["notes"]}
+    runs = [run for run in runs if not options.only or run[0] in options.only]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files: dict[str, NDArray[Any]] = {
@@ -150,8 +162,9 @@ def main(arguments: list[str]) -> int:
             measured = run_one(job | {"family": name, "setting": setting}, folder, str(number), effort.time_limit)
             row = {"family": name, "setting": label, "parameter": setting} | measured
             result["runs"].append(row)
-            save(target, result)
+            save(target, result | {"runs": [*result["runs"], *old]})
             tqdm.write(describe(row))
+        result["runs"] += old
     return summary(result, target)
 
 

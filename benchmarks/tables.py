@@ -137,7 +137,8 @@ def search(result: dict[str, Any], *, full: bool = False) -> str:
         f" {data['queries']:,} queries; PQ is trained on {min(effort['training_rows'], data['vectors']):,} rows,"
         f" {effort['pq_iterations']} iterations."
     )
-    parts = [markdown(list(HEADER), rows, 2), caption + " " + provenance(result["environment"])]
+    again = "".join(f" {name} again: {provenance(record)}" for name, record in result.get("again", {}).items())
+    parts = [markdown(list(HEADER), rows, 2), caption + " " + provenance(result["environment"]) + again]
     if full:
         parts += remarks(result)
     return "\n\n".join(parts)

@@ -19,7 +19,8 @@ The tensors, none if `count` is 0, in this order, without gaps:
 ========== ===== ===================== =================================================================================
 `ids`      I64   [count]               only if the ids are not 0, 1, 2, ... in the order of the rows
 `centre`   F32   [dim]                 only if the index was trained, also if `count` is 0: c, taken off every vector
-`bias`     F32   [count]               only for metric "l2": -|x - c|^2
+`bias`     F32   [count]               for metric "l2": -|x - c|^2; for the others, if trained: <c, z>, where z = x - c
+                                       (x / |x| - c for "cosine", and then F16)
 `scales`   F16   [count]               F32 unless the metric is "cosine" and no band has 0 bits; see `quantizer`
 `packed`   U8    [count, row bytes]    the codes, in the layout of `packing`
 ========== ===== ===================== =================================================================================
@@ -198,7 +199,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, Columns, Tensor | None]:
     centre = columns.pop("centre", None)
     if centre is not None and (centre.dtype, centre.shape) != (torch.float32, (header.dim,)):
         raise CorruptFileError(f"{path} is not consistent: its centre has shape {tuple(centre.shape)}")
-    _check_columns(path, header, columns)
+    _check_columns(path, header, columns, trained=centre is not None)
     return header, columns, centre
 
 
@@ -249,7 +250,16 @@ def _parsed(path: str | os.PathLike[str], metadata: dict[str, str]) -> Header:
     return header
 
 
-def _check_columns(path: str | os.PathLike[str], header: Header, columns: Columns) -> None:
+def bias_dtype(metric: str, *, trained: bool) -> torch.dtype | None:
+    """The dtype of an index's `bias`, or None if it keeps none. For "cosine" it is at most 2: float16 is enough."""
+    if metric == "l2":
+        return torch.float32
+    if not trained:
+        return None
+    return torch.float16 if metric == "cosine" else torch.float32
+
+
+def _check_columns(path: str | os.PathLike[str], header: Header, columns: Columns, *, trained: bool) -> None:
     count = header.count
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     if count:
@@ -257,8 +267,9 @@ def _check_columns(path: str | os.PathLike[str], header: Header, columns: Column
         half = header.metric == "cosine" and all(width for _, width in header.plan)
         wanted["scales"] = (torch.float16 if half else torch.float32, (count,))
         wanted["packed"] = (torch.uint8, (count, row_bytes))
-        if header.metric == "l2":
-            wanted["bias"] = (torch.float32, (count,))
+        bias = bias_dtype(header.metric, trained=trained)
+        if bias is not None:
+            wanted["bias"] = (bias, (count,))
         if "ids" in columns:
             wanted["ids"] = (torch.int64, (count,))
     found = {name: (column.dtype, tuple(column.shape)) for name, column in columns.items()}

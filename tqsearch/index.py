@@ -34,7 +34,9 @@ _LARGEST_ID = np.iinfo(np.int64).max
 class TurboQuantIndex:
     """Vectors as TurboQuant codes, searched without decompressing them. Nothing needs training.
 
-    A vector costs `bytes_per_vector`: its codes, a scale (2 bytes for cosine, else 4) and for l2 its squared norm (4).
+    A vector costs `bytes_per_vector`: its codes, a scale (2 bytes for cosine, else 4), for l2 its squared norm (4), and
+    for a trained index of another metric its product with the centre (2 bytes for cosine, else 4).
+
     Scores estimate the metric of the vectors given, without bias over the choice of the seed.
 
     Several threads may search at once; a change waits for the searches under way and holds back new ones.
@@ -106,7 +108,8 @@ class TurboQuantIndex:
     @property
     def bytes_per_vector(self) -> int:
         """Bytes kept for each vector, ids apart (0, 1, 2, ... cost nothing; any others 8 bytes and a look-up table)."""
-        return self._quantizer.bytes_per_vector + (4 if self.metric == "l2" else 0)
+        dtype = file_format.bias_dtype(self.metric, trained=self._quantizer.centre is not None)
+        return self._quantizer.bytes_per_vector + (0 if dtype is None else dtype.itemsize)
 
     @property
     def nbytes(self) -> int:
@@ -135,9 +138,9 @@ class TurboQuantIndex:
     def train(self, sample: ArrayLike) -> None:
         """Learns the centre of the vectors to come, the mean of a sample; optional, and only while the index is empty.
 
-        What is coded is then the difference to the centre. It costs no bytes a vector and helps where the mean is far
-        from
-        zero: pixels, descriptors such as SIFT, and most embeddings.
+        What is coded is then z = x - c. For l2 it costs no bytes a vector; for cosine and ip <c, z> is kept beside the
+        code (2 or 4 bytes), so that only <q - c, z> is estimated: <q, x> = <q, c> + <c, z> + <q - c, z>. It helps where
+        the mean is far from zero: pixels, descriptors such as SIFT, and most embeddings.
 
         Args:
             sample: (n, dim), as for `add`; a few thousand rows drawn at random from the vectors to come.
@@ -219,8 +222,16 @@ class TurboQuantIndex:
                 f"vectors must have {what} that are finite in float32, got an overflow in row {row}"
             )
         columns = {"packed": encoded.packed, "scales": self._quantizer.unbiased_scales(encoded.norms, encoded.dots)}
-        if self.metric == "l2":
-            columns["bias"] = -squares
+        dtype = file_format.bias_dtype(self.metric, trained=self._quantizer.centre is not None)
+        if dtype is not None:
+            bias = -squares if self.metric == "l2" else encoded.centre_products
+            if not torch.isfinite(bias).all():
+                row = int((~torch.isfinite(bias)).nonzero()[0])
+                raise InvalidInputError(
+                    "vectors must have products with the centre that are finite in float32, got an overflow in row "
+                    f"{row}"
+                )
+            columns["bias"] = bias.to(dtype)
         return columns
 
     def _append(self, columns: Columns, ids: Ids) -> None:
@@ -357,18 +368,19 @@ class TurboQuantIndex:
     def _search(self, queries: Tensor, k: int, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
         if self.metric == "cosine":
             queries = _unit(queries)
+        constant = torch.zeros(1, device=self._device)
+        if self._quantizer.centre is not None:  # what is scanned estimates products with x - centre
+            centre = self._quantizer.centre.to(self._device)
+            constant = (queries @ centre)[:, None]
+            queries = queries - centre
         squares = (queries * queries).sum(dim=1, keepdim=True)
         if not torch.isfinite(squares).all():  # products would overflow, and infinities of both signs make NaN
             row = int((~torch.isfinite(squares)).nonzero()[0, 0])
             raise InvalidInputError(
                 f"queries must have squared norms that are finite in float32, got an overflow in row {row}"
             )
-        centre = None if self._quantizer.centre is None else self._quantizer.centre.to(self._device)
         if self.metric == "l2":
-            queries = queries if centre is None else queries - centre
-            constant = -(queries * queries).sum(dim=1, keepdim=True)
-        else:
-            constant = queries.new_zeros((len(queries), 1)) if centre is None else (queries @ centre)[:, None]
+            constant = -squares
         rotated = self._quantizer.rotation.apply(2.0 * queries if self.metric == "l2" else queries).contiguous()
         scores = torch.full((len(queries), k), -math.inf, device=self._device)
         ids = torch.full((len(queries), k), -1, dtype=torch.int64, device=self._device)

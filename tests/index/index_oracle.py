@@ -154,16 +154,25 @@ def estimate(vectors: np.ndarray, plan: Pairs, seed: int, metric: str, centre: n
 # scores
 
 
+def bias_of(vectors: np.ndarray, metric: str, centre: np.ndarray | None) -> np.ndarray:
+    """The number kept beside each vector, (n,) float64, before it is rounded: see `similarity`."""
+    c = np.zeros(vectors.shape[1]) if centre is None else centre.astype(np.float64)
+    vectors = vectors.astype(np.float64)
+    if metric == "l2":
+        return -((vectors - c) ** 2).sum(1)
+    return ((unit_rows(vectors) if metric == "cosine" else vectors) - c) @ c
+
+
 def similarity(
     queries: np.ndarray,
     estimates: np.ndarray,
-    squares: np.ndarray | None,
+    bias: np.ndarray | None,
     metric: str,
     centre: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores (q, n) in float64, larger is nearer, and how far float32 may lie from them.
 
-    Of vectors x it is given estimates of x - centre, and for "l2" the squared norms of x - centre.
+    Of vectors x it is given estimates of z = x - centre and, as bias, -|z|^2 for "l2" and <centre, z> otherwise.
     """
     queries = queries.astype(np.float64)
     if metric == "cosine":
@@ -172,17 +181,19 @@ def similarity(
         if metric == "l2":
             queries = queries - centre
         else:
-            scores, slack = similarity(queries, estimates, None, "ip")
+            assert bias is not None
+            scores, slack = similarity(queries - centre, estimates, None, "ip")
             more = (queries.shape[1] + 64) * EPS * np.linalg.norm(queries, axis=1, keepdims=True)
-            return scores + (queries @ centre)[:, None], slack + more * (1 + np.linalg.norm(centre))
+            slack = slack + more * (1 + np.linalg.norm(centre)) + 4 * EPS * np.abs(bias)
+            return scores + bias + (queries @ centre)[:, None], slack
     lengths = np.linalg.norm(queries, axis=1, keepdims=True)
     products = queries @ estimates.T
     # A sum of d products in float32, after a rotation by sums of a few more, with the levels and the scale rounded.
     slack = (queries.shape[1] + 64) * EPS * lengths * np.linalg.norm(estimates, axis=1)
     if metric != "l2":
         return products, slack
-    assert squares is not None
-    whole = lengths**2 + squares
+    assert bias is not None
+    whole = lengths**2 - bias
     return 2 * products - whole, 2 * slack + (queries.shape[1] + 64) * EPS * whole
 
 
@@ -247,10 +258,10 @@ class Parsed:
         return decode(self.tensors["packed"], self.tensors["scales"], self.plan, self.header["seed"])
 
     def similarity(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        squares = -self.tensors["bias"].astype(np.float64) if "bias" in self.tensors else None
+        bias = self.tensors["bias"].astype(np.float64) if "bias" in self.tensors else None
         if not self.header["count"]:
-            squares = np.empty(0)
-        return similarity(queries, self.estimates, squares, self.header["metric"], self.tensors.get("centre"))
+            bias = np.empty(0)
+        return similarity(queries, self.estimates, bias, self.header["metric"], self.tensors.get("centre"))
 
 
 def parse(content: bytes) -> Parsed:
@@ -291,8 +302,8 @@ def _check_tensors(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> No
         half = header["metric"] == "cosine" and all(width for _, width in header["plan"])
         wanted["scales"] = ("<f2" if half else "<f4", (count,))
         wanted["packed"] = ("|u1", (count, row_bytes))
-        if header["metric"] == "l2":
-            wanted["bias"] = ("<f4", (count,))
+        if header["metric"] == "l2" or "centre" in tensors:
+            wanted["bias"] = ("<f2" if header["metric"] == "cosine" else "<f4", (count,))
         if "ids" in tensors:
             wanted["ids"] = ("<i8", (count,))
             assert tensors["ids"].tolist() != list(range(count)), "plain ids are not stored"

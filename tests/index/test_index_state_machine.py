@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from index_oracle import check_top_k, estimate, levels, mean_distortion, parse, rotation, similarity, unit_rows
+from index_oracle import bias_of, check_top_k, estimate, levels, mean_distortion, parse, rotation, similarity, unit_rows
 
 from tqsearch import segments
 from tqsearch.errors import DuplicateIdError, InvalidInputError, UnknownIdError
@@ -52,7 +52,7 @@ class IndexBesideNumpy(RuleBasedStateMachine):
         if trained:
             self.index.train(SAMPLE)
         self.held = HELD[metric, trained]
-        self.squares = ((POOL - (0 if self.centre is None else self.centre)) ** 2).sum(1, dtype=np.float64)
+        self.bias = bias_of(POOL, self.metric, self.centre)
         self.model: dict[int, int] = {}
         self.next_id = 0
 
@@ -150,11 +150,11 @@ class IndexBesideNumpy(RuleBasedStateMachine):
         places = [self.model[id] for id in candidates]
         given = POOL[queries]
         held = self.held[places]
-        wanted, slack = similarity(given, held, self.squares[places], self.metric, self.centre)
+        wanted, slack = similarity(given, held, self.bias[places], self.metric, self.centre)
         # The oracle's scales are not rounded: to float16 for "cosine", else to float32.
         rounding = 2.0**-10 if self.metric == "cosine" else 2.0**-19
         lengths = 1 if self.metric == "cosine" else np.linalg.norm(given, axis=1)[:, None] + 10
-        slack = slack + rounding * lengths * np.linalg.norm(held, axis=1)
+        slack = slack + rounding * (lengths * np.linalg.norm(held, axis=1) + np.abs(self.bias[places]))
         got: Any = self.index.search(given, k, allow=allow)
         check_top_k(got, wanted, slack, np.array(candidates, np.int64), k, self.metric)
 

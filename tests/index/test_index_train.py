@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from index_oracle import Parsed, check_top_k, estimate, mean_distortion, unit_rows
+from index_oracle import Parsed, bias_of, check_top_k, estimate, mean_distortion, unit_rows
 
 from tqsearch.errors import InvalidInputError
 from tqsearch.index import TurboQuantIndex
@@ -45,6 +45,9 @@ def test_results_equal_the_oracle(parsed: ParsedOf, metric: str) -> None:
     np.testing.assert_array_equal(index.centre, centre)
     wanted = estimate(rows(200), content.plan, 7, metric, centre.astype(np.float64))
     np.testing.assert_allclose(content.estimates, wanted, atol=2e-3 * np.abs(wanted).max())
+    rounding = 2.0**-11 if metric == "cosine" else 2.0**-19
+    bias = bias_of(rows(200), metric, centre)
+    np.testing.assert_allclose(content.tensors["bias"], bias, rtol=rounding, atol=rounding)
     for k in (1, 10, 201):
         got: Any = index.search(rows(20, 2), k)
         check_top_k(got, *content.similarity(rows(20, 2)), content.ids, k, metric)
@@ -66,7 +69,7 @@ def test_scores_stay_unbiased_and_become_better(metric: str) -> None:
     """Over seeds the mean error is within five standard errors of zero; and the squared error falls as theory says.
 
     The scale makes the error of z orthogonal to z, in a random direction and of a length in proportion to |z|: so the
-    square of its product with q is in proportion to |z|^2 |q|^2 sin^2(q, z), where z = x - c (and q - c for "l2").
+    square of its product with q - c is in proportion to |z|^2 |q - c|^2 sin^2(q - c, z), where z = x - c.
     """
     vectors, queries = rows(200), rows(200)[:10] + 0.3 * (rows(10, 3) - rows(10, 4))
     x, q = vectors.astype(float), queries.astype(float)
@@ -86,9 +89,8 @@ def test_scores_stay_unbiased_and_become_better(metric: str) -> None:
         means = np.array([error.mean() for error in found])
         assert abs(means.mean()) < 5 * means.std(ddof=1) / np.sqrt(len(means))
     centre = mean(metric)
-    z, p = (unit_rows(x) - centre, unit_rows(q)) if metric == "cosine" else (x - centre, q)
-    p = p - centre if metric == "l2" else p
-    expected = across(z, p) / across(z + centre, p + centre if metric == "l2" else p)
+    given = (unit_rows(x), unit_rows(q)) if metric == "cosine" else (x, q)
+    expected = across(given[0] - centre, given[1] - centre) / across(*given)
     assert expected < 0.6
     ratios = np.array(
         [np.square(a).sum() / np.square(b).sum() for a, b in zip(errors[True], errors[False], strict=True)]
@@ -115,7 +117,8 @@ def test_parts_blocks_and_files(saved: SavedOf, tmp_path: Any, monkeypatch: Any,
     again = TurboQuantIndex.load(tmp_path / "whole")
     np.testing.assert_array_equal(again.search(rows(3, 2), 5)[0], parts.search(rows(3, 2), 5)[0])
     again.remove(range(190))
-    assert again.bytes_per_vector == TurboQuantIndex(DIM, 3, metric).bytes_per_vector
+    extra = {"ip": 4, "cosine": 2, "l2": 0}[metric]
+    assert again.bytes_per_vector == TurboQuantIndex(DIM, 3, metric).bytes_per_vector + extra
 
 
 def test_only_before_vectors(saved: SavedOf) -> None:
@@ -168,6 +171,17 @@ def test_vectors_without_residual(metric: str) -> None:
     exact = {"ip": q @ c[0], "cosine": unit_rows(q) @ unit_rows(c)[0], "l2": ((q - c) ** 2).sum(1)}[metric]
     np.testing.assert_allclose(scores[ids == 0], exact, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.asarray(index.reconstruct([0])), unit_rows(c) if metric == "cosine" else c, rtol=1e-6)
+
+
+def test_a_product_with_the_centre_that_overflows(saved: SavedOf) -> None:
+    index = TurboQuantIndex(DIM, 3, "ip")
+    index.train(np.full((2, DIM), 1e18, np.float32))
+    before = saved(index)
+    vectors = rows(3)
+    vectors[1] = 1e30
+    with pytest.raises(InvalidInputError, match="products with the centre .* overflow in row 1"):
+        index.add(vectors)
+    assert saved(index) == before
 
 
 def test_the_sample_is_not_kept() -> None:

@@ -220,6 +220,9 @@ def test_encode(oracle, rng, pairs, count, rotated, centred):
         growth = 1 + float((before / np.linalg.norm(z, axis=1, keepdims=True)).max(initial=0.0))
     out = kernels.encode(torch.from_numpy(x), bands, factors, orders, **options)
     check_encoded(oracle, out, z, tables, pairs, 6 if rotated else None, growth)
+    c = np.zeros(data.dim) if options.get("centre") is None else centre.astype(np.float64)
+    slack = (2 * math.log2(data.dim) + 8) * oracle.eps * growth * np.linalg.norm(z, axis=1) * np.linalg.norm(c)
+    assert (np.abs(out.centre_products.numpy() - z @ c) <= slack).all()
 
 
 def check_encoded(oracle, out, z, tables, pairs, seed, growth):

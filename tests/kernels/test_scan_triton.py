@@ -131,6 +131,13 @@ def test_without_terms(oracle, device, bias, mask):
     Case(oracle, [(20, 2)], 600, 2, 4, device).check(1, bias=bias, mask=mask, precision="int8")
 
 
+def test_bias_in_half_precision(oracle, device):
+    case = Case(oracle, [(20, 2)], 600, 2, 4, device)
+    case.bias = case.bias.astype(np.float16)
+    for precision in ("int8", "exact"):
+        case.check(3, precision=precision)
+
+
 def test_nothing_allowed(oracle, device):
     case = Case(oracle, [(20, 4)], 600, 2, 5, device)
     case.mask[:] = False

@@ -37,6 +37,7 @@ class Encoded(NamedTuple):
     packed: Tensor
     norms: Tensor
     dots: Tensor
+    centre_products: Tensor
 
 
 def select(backend: str, device: torch.device) -> str:
@@ -104,6 +105,7 @@ def encode(
         packed: (n, row bytes) uint8, in the layout of `packing`.
         norms: (n,) float32, |z|.
         dots: (n,) float32, <u, levels of the codes>; 0 for a zero z, whose codes are those of u = 0.
+        centre_products: (n,) float32, <centre, z>; 0 without a centre.
     """
     select(backend, vectors.device)
     return Encoded(*reference.encode(vectors, bands, factors, orders, centre, unit))
@@ -162,7 +164,7 @@ def scan(
         queries: (q, d) float32, rotated.
         packed: (n, row bytes) uint8.
         scales: (n,) floating point.
-        bias: (n,) float32 added to each row's score, or None.
+        bias: (n,) floating point, added to each row's score, or None.
         mask: (n,) bool, False for rows that may not be returned; or None.
         bands: as in `encode`.
         k: how many, >= 1.

@@ -29,25 +29,27 @@ def encode(
     orders: Tensor | None,
     centre: Tensor | None,
     unit: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.encode`."""
     count, dim = vectors.shape
     packed = torch.empty((count, row_bytes(bands)), dtype=torch.uint8, device=vectors.device)
     norms = torch.empty(count, dtype=torch.float32, device=vectors.device)
     dots = torch.empty_like(norms)
+    centre_products = torch.zeros_like(norms)
     for block in _blocks(count, ENCODE_BLOCK // dim):
         columns = vectors[block].t().contiguous()
         if unit:
             columns = _normalise(columns)[0] / math.sqrt(dim)
         if centre is not None:
             columns = columns - centre[:, None]
+            centre_products[block] = _column_sums(columns * centre[:, None])
         columns, norms[block] = _normalise(columns)
         if factors is not None:
             columns = hadamard_columns(columns, factors, orders)
         codes, levels = _quantize(columns, bands)
         packed[block] = pack_columns(codes, BitPlan(tuple(Band(b.size, b.width) for b in bands))).t()
         dots[block] = _column_sums(columns * levels)
-    return packed, norms, dots
+    return packed, norms, dots, centre_products
 
 
 def _blocks(count: int, size: int) -> Iterator[slice]:

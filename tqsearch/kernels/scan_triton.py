@@ -151,7 +151,7 @@ def _band_scores(
 def scan_kernel(
     codes_ptr,  # (n, row_stride) uint8
     scales_ptr,  # (n,)
-    bias_ptr,  # (n,) float32
+    bias_ptr,  # (n,) float32 or float16
     mask_ptr,  # (n,) uint8
     queries_ptr,  # (q, SLOTS)
     alpha_ptr,  # (q, len(BANDS)) float32
@@ -194,7 +194,7 @@ def scan_kernel(
         # fmt: on
     score *= tl.load(scales_ptr + safe).to(tl.float32)[:, None]
     if HAS_BIAS:
-        score += tl.load(bias_ptr + safe)[:, None]
+        score += tl.load(bias_ptr + safe).to(tl.float32)[:, None]
     if HAS_MASK:
         inside = inside & (tl.load(mask_ptr + safe) != 0)
     score = tl.where(inside[:, None], score, float("-inf"))
@@ -209,7 +209,7 @@ def scan_kernel(
 def rescore_kernel(
     codes_ptr,  # (n, row_stride) uint8
     scales_ptr,  # (n,)
-    bias_ptr,  # (n,) float32
+    bias_ptr,  # (n,) float32 or float16
     mask_ptr,  # (n,) uint8
     queries_ptr,  # (q, SLOTS)
     alpha_ptr,  # (q, len(BANDS)) float32
@@ -246,7 +246,7 @@ def rescore_kernel(
         # fmt: on
     score *= tl.load(scales_ptr + safe).to(tl.float32)
     if HAS_BIAS:
-        score += tl.load(bias_ptr + safe)
+        score += tl.load(bias_ptr + safe).to(tl.float32)
     if HAS_MASK:
         inside = inside & (tl.load(mask_ptr + safe) != 0)
     score = tl.where(inside, score, float("-inf"))
