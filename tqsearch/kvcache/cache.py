@@ -1,0 +1,140 @@
+"""TurboQuantCache: a drop-in for the cache of transformers' generate that holds compressed keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+from tqsearch.errors import InvalidInputError
+from tqsearch.kernels import BACKENDS
+from tqsearch.kvcache.hybrid import TurboQuantHybridLayer, recurrent_batch
+from tqsearch.kvcache.layer import LayerSettings, TurboQuantLayer
+from tqsearch.kvcache.policy import Policy, Uniform, Width, checked_bits
+
+
+class TurboQuantCache(DynamicCache):
+    """A cache of keys and values in a few bits each, for `model.generate(past_key_values=cache)`.
+
+    Full-attention layers keep their first tokens (attention sinks) and their most recent ones in the model's dtype, and
+    all between in blocks of TurboQuant codes: a random rotation, then optimal scalar levels (arXiv 2504.19874), with
+    one scale a vector that makes inner products unbiased, and a constant a (layer, head, channel) taken off the keys,
+    which changes no softmax. All other layers (sliding window, recurrent, shared) are the library's own, untouched.
+
+    A first prompt attends to its exact keys and values; they are compressed after. Gradients flow through the states of
+    the current call alone: what is kept is detached.
+
+    Args:
+        config: the model's configuration.
+        bits: width a coordinate of keys and values: 1 to 8, a fraction as in the paper (2.5, 3.5), or a `BitPlan`.
+        key_bits: of keys, if another.
+        value_bits: of values, if another.
+        residual_length: how many recent tokens stay uncompressed at least; up to a block more do.
+        sink_length: how many first tokens stay uncompressed.
+        protect_layers: how many of the first, and of the last, attention layers get 8 bits.
+        outlier_channels: how many channels of each key head get 8 bits.
+        block_length: tokens compressed at a time, a multiple of 8.
+        seed: of the rotations.
+        backend: see `tqsearch.kernels.select`.
+        policy: widths layer by layer, instead of `bits` and `protect_layers`; see `policy`.
+        offloading: whether layers not in use wait on the CPU, as in the library's `DynamicCache`.
+        offload_only_non_sliding: whether layers with a window stay on the GPU all the same.
+
+    Raises:
+        InvalidInputError: an argument is out of range, or the model has no layer that can be compressed.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        bits: Width = 4,
+        *,
+        key_bits: Width = None,
+        value_bits: Width = None,
+        residual_length: int = 128,
+        sink_length: int = 4,
+        protect_layers: int = 0,
+        outlier_channels: int = 0,
+        block_length: int = 128,
+        seed: int = 0,
+        backend: str = "auto",
+        policy: Policy | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+    ) -> None:
+        if policy is None:
+            policy = Uniform(
+                bits if key_bits is None else key_bits,
+                bits if value_bits is None else value_bits,
+                _count(protect_layers, "protect_layers"),
+            )
+        if outlier_channels:
+            raise InvalidInputError("outlier_channels must be 0")
+        if _count(block_length, "block_length") % 8 or not block_length:
+            raise InvalidInputError(f"block_length must be a positive multiple of 8, got {block_length}")
+        if backend not in BACKENDS:
+            raise InvalidInputError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        common = (
+            _count(residual_length, "residual_length"),
+            _count(sink_length, "sink_length"),
+            block_length,
+            seed,
+            backend,
+            _latent(config),
+        )
+        chosen = [index for index, layer in enumerate(self.layers) if type(layer) in _COMPRESSIBLE]
+        for number, index in enumerate(chosen):
+            widths = checked_bits(policy.bits(number, len(chosen)))
+            if widths != (None, None):
+                self.layers[index] = _compressed(self.layers[index], LayerSettings(widths, *common))
+        if not any(isinstance(layer, TurboQuantLayer) for layer in self.layers):
+            kinds = sorted({type(layer).__name__ for layer in self.layers}) or ["none"]
+            why = "the policy leaves every layer alone" if chosen else f"its layers are {', '.join(kinds)}"
+            raise InvalidInputError(
+                f"no layer of this {config.model_type!r} model can be compressed: {why}; full attention alone grows "
+                "with the text. Use the library's DynamicCache"
+            )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence of the batch in every layer, recurrent states too."""
+        layer: Any
+        for layer in self.layers:
+            if hasattr(layer, "batch_repeat_interleave"):
+                layer.batch_repeat_interleave(repeats)
+            elif (batch := recurrent_batch(layer)) is not None:
+                layer.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences of these indices, or those where a mask is True, in every layer, recurrent states too."""
+        layer: Any
+        for layer in self.layers:
+            if hasattr(layer, "batch_select_indices"):
+                layer.batch_select_indices(indices)
+            elif (batch := recurrent_batch(layer)) is not None:
+                layer.reorder_cache(torch.arange(batch)[torch.as_tensor(indices).cpu()])
+
+
+_COMPRESSIBLE = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+
+
+def _compressed(layer: Any, settings: LayerSettings) -> TurboQuantLayer:
+    if isinstance(layer, LinearAttentionAndFullAttentionLayer):
+        return TurboQuantHybridLayer(settings, layer.number_of_states)
+    return TurboQuantLayer(settings)
+
+
+def _latent(config: PretrainedConfig) -> tuple[int, int] | None:
+    decoder = config.get_text_config(decoder=True)
+    latent, rope = getattr(decoder, "kv_lora_rank", None), getattr(decoder, "qk_rope_head_dim", None)
+    return None if latent is None or rope is None else (latent, rope)
+
+
+def _count(number: int, name: str) -> int:
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 0:
+        raise InvalidInputError(f"{name} must be an integer of at least 0, got {number!r}")
+    return int(number)

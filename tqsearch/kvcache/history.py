@@ -1,0 +1,143 @@
+"""The keys, or the values, of one layer: first tokens and recent tokens as they came, compressed blocks between.
+
+A `History` is a value: every operation returns a new one and changes no tensor, so that histories may share tensors.
+Their storages are no larger than their content, so that what a cache holds is what it reports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tqsearch.kvcache.store import CompressedStates, StateCodec
+
+
+@dataclass(frozen=True)
+class History:
+    """The states of T tokens, S first + C compressed + R recent.
+
+    Attributes:
+        sinks: (B, H, S, D) in the model's dtype.
+        compressed: C tokens, or None for none.
+        recent: (B, H, R, D) in the model's dtype.
+        codec: writes and reads `compressed`; None if these states are never compressed.
+    """
+
+    sinks: Tensor
+    compressed: CompressedStates | None
+    recent: Tensor
+    codec: StateCodec | None
+
+    @classmethod
+    def empty(cls, like: Tensor, codec: StateCodec | None) -> History:
+        """No tokens, for states like (B, H, any, D)."""
+        none = like.detach().new_empty((*like.shape[:2], 0, like.shape[3]))
+        return cls(none, None, none.clone(), codec)
+
+    @property
+    def compressed_length(self) -> int:
+        """C."""
+        return 0 if self.compressed is None else len(self.compressed)
+
+    def __len__(self) -> int:
+        return self.sinks.shape[2] + self.compressed_length + self.recent.shape[2]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        parts = {"sinks": self.sinks, "recent": self.recent}
+        return parts if self.compressed is None else {**parts, **self.compressed.tensors()}
+
+    def append(self, states: Tensor, sink_length: int) -> History:
+        """With new tokens at the end, (B, H, n, D); the first `sink_length` of all go to the sinks."""
+        states = states.detach()
+        first = 0
+        sinks, recent = self.sinks, self.recent
+        if sinks.shape[2] < sink_length and not self.compressed_length and not recent.shape[2]:
+            first = min(sink_length - sinks.shape[2], states.shape[2])
+            sinks = torch.cat([sinks, states[:, :, :first]], dim=2)
+        if first < states.shape[2]:
+            recent = torch.cat([recent, states[:, :, first:]], dim=2)
+        return replace(self, sinks=sinks, recent=recent)
+
+    def compress(self, residual_length: int, *, centred: bool) -> History:
+        """With the older recent tokens in compressed blocks, once `residual_length` + a block have gathered.
+
+        Args:
+            residual_length: how many tokens stay recent at least.
+            centred: whether the first compression estimates an offset, the mean of all recent tokens.
+        """
+        if self.codec is None:
+            return self
+        block = self.codec.block_length
+        count = (self.recent.shape[2] - residual_length) // block * block
+        if count <= 0:
+            return self
+        old = self.recent[:, :, :count]
+        recent = self.recent[:, :, count:].clone(memory_format=torch.contiguous_format)
+        if self.compressed is not None:
+            fresh = self.codec.encode(old, self.compressed.offset)
+            return replace(self, compressed=self.compressed.cat(fresh), recent=recent)
+        fresh = self.codec.encode(old, _mean(self.recent) if centred else None)
+        return replace(self, compressed=fresh, recent=recent)
+
+    def decode(self) -> Tensor:
+        """All tokens, (B, H, T, D) in the model's dtype."""
+        sinks, compressed = self.sinks.shape[2], self.compressed_length
+        if not compressed:
+            return torch.cat([self.sinks, self.recent], dim=2) if sinks else self.recent
+        batch, heads, _, dim = self.sinks.shape
+        out = self.recent.new_empty((batch, heads, len(self), dim))
+        out[:, :, :sinks] = self.sinks
+        out[:, :, sinks + compressed :] = self.recent
+        if self.codec is not None and self.compressed is not None:
+            self.codec.decode(self.compressed, out[:, :, sinks : sinks + compressed])
+        return out
+
+    def first(self, length: int) -> History:
+        """The first `length` tokens; those of a block that is cut become recent tokens, as decoded."""
+        sinks, compressed = self.sinks.shape[2], self.compressed_length
+        if length >= len(self):
+            return self
+        if length >= sinks + compressed:
+            return replace(self, recent=_prefix(self.recent, length - sinks - compressed))
+        if length <= sinks or self.compressed is None or self.codec is None:
+            return replace(
+                self, sinks=_prefix(self.sinks, min(length, sinks)), compressed=None, recent=_prefix(self.recent, 0)
+            )
+        kept = length - sinks
+        whole = kept // self.codec.block_length * self.codec.block_length
+        recent = _prefix(self.recent, 0)
+        if kept > whole:
+            cut = self.compressed.tokens(whole, whole + self.codec.block_length)
+            states = self.recent.new_empty((*self.recent.shape[:2], len(cut), self.recent.shape[3]))
+            self.codec.decode(cut, states)
+            recent = _prefix(states, kept - whole)
+        return replace(self, compressed=self.compressed.tokens(0, whole).copied() if whole else None, recent=recent)
+
+    def rows(self, index: Tensor) -> History:
+        """The sequences of the batch that `index` names, (B',) int64."""
+        index = index.to(self.recent.device)
+        compressed = None if self.compressed is None else self.compressed.rows(index)
+        sinks, recent = (part.index_select(0, index) for part in (self.sinks, self.recent))
+        return replace(self, sinks=sinks, compressed=compressed, recent=recent)
+
+    def to(self, device: torch.device | str) -> History:
+        """The same on another device; copies to a GPU do not wait."""
+        compressed = None if self.compressed is None else self.compressed.to(device)
+        sinks, recent = (part.to(device, non_blocking=True) for part in (self.sinks, self.recent))
+        return replace(self, sinks=sinks, compressed=compressed, recent=recent)
+
+
+def _prefix(states: Tensor, length: int) -> Tensor:
+    return states[:, :, :length].clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def _mean(states: Tensor) -> Tensor:
+    """The mean over batch and tokens, (H, D) float32; states that are not finite count as none."""
+    working = states.float()
+    finite = working.isfinite().all(dim=3, keepdim=True)
+    total = torch.where(finite, working, 0.0).sum(dim=(0, 2), dtype=torch.float64)
+    return (total / finite.sum(dim=(0, 2)).clamp(min=1)).float()

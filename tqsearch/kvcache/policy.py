@@ -1,0 +1,87 @@
+"""How many bits each attention layer gets: a policy is one small class with a method `bits`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from tqsearch.codebook import MAX_BITS
+from tqsearch.errors import InvalidInputError
+from tqsearch.plan import NUMBER, BitPlan
+
+# The width that protected layers get.
+PROTECTED_BITS = 8
+
+Width = float | BitPlan | None
+
+
+class LayerBits(NamedTuple):
+    """Widths of a layer's keys and values: 1 to 8, a fraction, a `BitPlan`, or None to leave them uncompressed."""
+
+    keys: Width
+    values: Width
+
+
+class Policy(Protocol):
+    """The widths of every layer."""
+
+    def bits(self, layer: int, count: int) -> LayerBits:
+        """The widths of attention layer number `layer` of `count`, counting only those that can be compressed."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same widths for all layers but the protected ones.
+
+    Attributes:
+        key_bits: of keys.
+        value_bits: of values.
+        protect_layers: how many of the first, and of the last, layers get `protected_bits` instead.
+        protected_bits: width of the protected layers.
+    """
+
+    key_bits: Width
+    value_bits: Width
+    protect_layers: int = 0
+    protected_bits: Width = PROTECTED_BITS
+
+    def bits(self, layer: int, count: int) -> LayerBits:
+        """See `Policy`."""
+        if layer < self.protect_layers or layer >= count - self.protect_layers:
+            return LayerBits(self.protected_bits, self.protected_bits)
+        return LayerBits(self.key_bits, self.value_bits)
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """Widths listed layer by layer.
+
+    Attributes:
+        layers: a pair (key bits, value bits) for each layer that can be compressed.
+    """
+
+    layers: tuple[LayerBits, ...]
+
+    def bits(self, layer: int, count: int) -> LayerBits:
+        """See `Policy`."""
+        if len(self.layers) != count:
+            raise InvalidInputError(
+                f"the policy must name {count} layers that can be compressed, got {len(self.layers)}"
+            )
+        return self.layers[layer]
+
+
+def checked_bits(bits: LayerBits) -> LayerBits:
+    """The widths, once they are known to be ones.
+
+    Raises:
+        InvalidInputError: a width is not None, a number from 1 to 8 or a `BitPlan`.
+    """
+    for name, width in zip(("key_bits", "value_bits"), bits, strict=True):
+        number = isinstance(width, NUMBER) and not isinstance(width, bool | np.bool_)
+        if width is None or isinstance(width, BitPlan) or (number and 1 <= width <= MAX_BITS):
+            continue
+        raise InvalidInputError(f"{name} must be a number from 1 to {MAX_BITS}, a BitPlan or None, got {width!r}")
+    return LayerBits(*bits)

@@ -1,0 +1,245 @@
+"""The storage of compressed keys and values, and the codecs that write and read it.
+
+B is the batch, H the number of KV heads, D the head dimension, C the number of compressed tokens, a multiple of
+`block_length`. A vector x becomes z = x - offset (keys only: a constant a head and channel) and is stored as codes of
+R z sqrt(D) / |z|, R a seeded Hadamard rotation, and one scale s = |z| sqrt(D) / <R z sqrt(D) / |z|, levels>:
+
+    x_hat = s R^T levels + offset
+
+That is `TurboQuantizer` in its mse form. Its levels are the optimal ones of a coordinate in dimension D, and s makes
+inner products with x_hat unbiased.
+
+================ ================================== ==================================================================
+keys `packed`    (B, H, C, row bytes) uint8         a token's codes in the layout of `tqsearch.packing`, along D
+values `packed`  (B, H, C / block, D bytes) uint8   a block's codes, each coordinate a row of `block_length` codes
+                                                    along the **tokens**, in the layout of `packing` for its width;
+                                                    coordinates in order
+`scales`         (B, H, C) float16                  s; float32 for the whole tensor where float16 cannot hold them
+keys `offset`    (H, D) float32                     the same for all tokens of a layer
+================ ================================== ==================================================================
+
+Values lie along the tokens so that a decoded tile is already transposed for probabilities times values.
+Tensors are never changed in place, so that any number of caches may share them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tqsearch import kernels
+from tqsearch.kernels import BandTable
+from tqsearch.packing import pack, unpack
+from tqsearch.plan import BitPlan
+from tqsearch.quantizer import TurboQuantizer
+
+# Floats of a piece while decoding: bounds what is needed beside the result.
+DECODE_PIECE = 1 << 21
+
+# Scales below this are stored in float32, as float16 would lose digits of all of them.
+LEAST_HALF_SCALE = 2.0**-10
+
+
+@dataclass(frozen=True)
+class CompressedStates:
+    """Compressed keys, or values, of one layer; see the module's docstring.
+
+    Attributes:
+        packed: the codes, uint8.
+        scales: (B, H, C) float16 or float32.
+        offset: (H, D) float32 of keys; None for values.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    offset: Tensor | None = None
+
+    def __len__(self) -> int:
+        """C, the number of compressed tokens."""
+        return self.scales.shape[2]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        parts = {"packed": self.packed, "scales": self.scales, "offset": self.offset}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    def cat(self, later: CompressedStates) -> CompressedStates:
+        """These tokens, then the later ones, which were encoded with this offset."""
+        if self.scales.dtype != later.scales.dtype:
+            both = [part.scales.float() for part in (self, later)]
+        else:
+            both = [self.scales, later.scales]
+        packed = torch.cat([self.packed, later.packed], dim=2)
+        return CompressedStates(packed, torch.cat(both, dim=2), self.offset)
+
+    def tokens(self, start: int, stop: int) -> CompressedStates:
+        """Views of the tokens from `start` to `stop`, both multiples of `block_length`."""
+        rows = self.packed.shape[2], len(self)
+        first, last = (token * rows[0] // rows[1] for token in (start, stop))
+        return CompressedStates(self.packed[:, :, first:last], self.scales[:, :, start:stop], self.offset)
+
+    def copied(self) -> CompressedStates:
+        """The same in storages of their own, no larger than needed."""
+        return replace(self, packed=_own(self.packed), scales=_own(self.scales))
+
+    def rows(self, index: Tensor) -> CompressedStates:
+        """The sequences of the batch that `index` names, (B',) int64."""
+        index = index.to(self.packed.device)
+        return replace(self, packed=self.packed.index_select(0, index), scales=self.scales.index_select(0, index))
+
+    def to(self, device: torch.device | str) -> CompressedStates:
+        """The same on another device; copies to a GPU do not wait."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
+        return CompressedStates(**moved)
+
+
+class StateCodec:
+    """What keys' and values' codecs share: the quantizer, scales, and decoding piece by piece.
+
+    Args:
+        dim: D, 1 to 8192.
+        bits: width a coordinate, an integer, a fraction or a `BitPlan` of D coordinates.
+        block_length: tokens of a block, a multiple of 8.
+        seed: of the rotation.
+        backend: see `kernels.select`.
+    """
+
+    def __init__(self, dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str) -> None:
+        self.quantizer = TurboQuantizer(dim, bits, seed=seed, backend=backend)
+        self.dim, self.block_length, self.backend = dim, block_length, backend
+        self.plan = self.quantizer.plan
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.plan})"
+
+    def bytes_per_block(self) -> int:
+        """Bytes of codes and float16 scales of a block of one head."""
+        raise NotImplementedError
+
+    def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
+        """Rows of codes, (B H C, row bytes), to the storage; `blocks` is (B, H, C / block_length)."""
+        raise NotImplementedError
+
+    def levels(self, packed: Tensor) -> Tensor:
+        """The levels of packed codes: (tokens of all heads, D) float32, a head's tokens together."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, states: Tensor, offset: Tensor | None = None) -> CompressedStates:
+        """Codes of whole blocks.
+
+        Args:
+            states: (B, H, C, D), any floating dtype, C a multiple of `block_length`.
+            offset: (H, D) float32 to be taken off, or None.
+        """
+        batch, heads, length, _ = states.shape
+        working = states.float()
+        if offset is not None:
+            working = working - offset[:, None]
+        encoded = self.quantizer.encode_levels(working.reshape(-1, self.dim))
+        scales = self.quantizer.unbiased_scales(encoded.norms, encoded.dots).view(batch, heads, length)
+        packed = self.pack(encoded.packed, (batch, heads, length // self.block_length))
+        return CompressedStates(packed, scales.to(_scale_dtype(scales)), offset)
+
+    @torch.no_grad()
+    def decode(self, compressed: CompressedStates, out: Tensor) -> None:
+        """Writes the estimates of all tokens.
+
+        Args:
+            compressed: C tokens.
+            out: (B, H, C, D) of any floating dtype.
+        """
+        for start, stop in self._pieces(compressed):
+            piece = compressed.tokens(start, stop)
+            rows = self.levels(piece.packed) * piece.scales.float().reshape(-1, 1)
+            states = self.quantizer.rotation.invert(rows).view(*piece.scales.shape, self.dim)
+            if piece.offset is not None:
+                states = states + piece.offset[:, None]
+            out[:, :, start:stop] = states
+
+    def _pieces(self, compressed: CompressedStates) -> Iterator[tuple[int, int]]:
+        length, heads = len(compressed), compressed.scales.shape[0] * compressed.scales.shape[1]
+        blocks = max(DECODE_PIECE // max(heads * self.dim * self.block_length, 1), 1)
+        step = blocks * self.block_length
+        return ((start, min(start + step, length)) for start in range(0, length, step))
+
+
+class KeyCodec(StateCodec):
+    """Keys: each token's codes lie together, along D."""
+
+    def bytes_per_block(self) -> int:
+        """Bytes of codes and float16 scales of a block of one head."""
+        return self.block_length * (self.plan.bytes_per_vector + 2)
+
+    def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
+        """(B H C, row bytes) to (B, H, C, row bytes)."""
+        batch, heads, count = blocks
+        return rows.view(batch, heads, count * self.block_length, self.plan.bytes_per_vector)
+
+    def levels(self, packed: Tensor) -> Tensor:
+        """(B, H, C, row bytes) to (B H C, D) float32."""
+        rows = packed.reshape(-1, packed.shape[3])
+        return kernels.reconstruct(rows, _ones(rows), self.quantizer.tables(packed.device), backend=self.backend)
+
+
+class ValueCodec(StateCodec):
+    """Values: each coordinate's codes lie together, along the tokens of a block."""
+
+    def bytes_per_block(self) -> int:
+        """Bytes of codes and float16 scales of a block of one head."""
+        return self.block_length * 2 + sum(band.size * band.width * self.block_length // 8 for band in self.plan.bands)
+
+    def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
+        """(B H C, row bytes) to (B, H, C / block, D bytes)."""
+        count = math.prod(blocks)
+        codes = unpack(rows, self.plan).view(count, self.block_length, self.dim).transpose(1, 2)
+        parts, coordinate = [], 0
+        for band in self.plan.bands:
+            columns = codes[:, coordinate : coordinate + band.size].reshape(-1, self.block_length)
+            parts.append(pack(columns, BitPlan.of(self.block_length, band.width)).view(count, -1))
+            coordinate += band.size
+        return torch.cat(parts, dim=1).view(*blocks, -1)
+
+    def levels(self, packed: Tensor) -> Tensor:
+        """(B, H, C / block, D bytes) to (B H C, D) float32."""
+        blocks = packed.reshape(-1, packed.shape[3])
+        parts, byte = [], 0
+        for table in self.quantizer.tables(packed.device):
+            along: BandTable = table._replace(size=self.block_length)
+            columns = blocks[:, byte : byte + table.size * along.nbytes].reshape(-1, along.nbytes)
+            levels = kernels.reconstruct(columns, _ones(columns), (along,), backend=self.backend)
+            parts.append(levels.view(len(blocks), table.size, self.block_length))
+            byte += table.size * along.nbytes
+        return torch.cat(parts, dim=1).transpose(1, 2).reshape(-1, self.dim)
+
+
+@lru_cache(maxsize=256)
+def key_codec(dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str) -> KeyCodec:
+    """The one codec of keys with these arguments: layers and caches share its tables."""
+    return KeyCodec(dim, bits, block_length, seed, backend)
+
+
+@lru_cache(maxsize=256)
+def value_codec(dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str) -> ValueCodec:
+    """The one codec of values with these arguments; its rotation is not that of keys."""
+    return ValueCodec(dim, bits, block_length, seed + 1, backend)
+
+
+def _ones(rows: Tensor) -> Tensor:
+    return torch.ones(len(rows), device=rows.device)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _scale_dtype(scales: Tensor) -> torch.dtype:
+    """float16 where its range holds the scales; NaN and infinity, which come from such states, fit either."""
+    largest = float(torch.nan_to_num(scales, 0.0, 0.0, 0.0).amax()) if scales.numel() else 0.0
+    fits = largest == 0.0 or LEAST_HALF_SCALE <= largest <= torch.finfo(torch.float16).max
+    return torch.float16 if fits else torch.float32
