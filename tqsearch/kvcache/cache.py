@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BACKENDS
 from tqsearch.kvcache.hybrid import TurboQuantHybridLayer, recurrent_batch
 from tqsearch.kvcache.layer import LayerSettings, TurboQuantLayer
+from tqsearch.kvcache.persistence import load, save
 from tqsearch.kvcache.policy import Policy, Uniform, Width, checked_bits
+from tqsearch.kvcache.report import CacheReport, report
 
 
 class TurboQuantCache(DynamicCache):
@@ -100,6 +104,51 @@ class TurboQuantCache(DynamicCache):
                 "with the text. Use the library's DynamicCache"
             )
 
+    def report(self) -> CacheReport:
+        """What the cache holds: real bytes by part and layer, the ratio to dense, and why layers are left alone."""
+        return report(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a file, whole or not at all; see `format` for what is in it.
+
+        Raises:
+            InvalidInputError: a layer of the library's holds something that files cannot.
+        """
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PretrainedConfig,
+        *,
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> TurboQuantCache:
+        """Reads a cache that `save` wrote, with the widths and lengths it had.
+
+        Args:
+            path: the file.
+            config: the configuration of the model that filled it.
+            device: where the tensors go; compressed layers follow their model's device anyway.
+            **options: `backend` and `offloading`, as for the constructor.
+
+        Raises:
+            FormatError: not such a file, or a damaged one; the subclass says which.
+            InvalidInputError: the configuration's layers are not those of the file.
+        """
+        return load(cls, path, config, device, options)
+
+    def fork(self) -> TurboQuantCache:
+        """A second cache with the same past: each goes on from there alone.
+
+        Compressed layers share their tensors, which are never changed in place; the library's other layers, which
+        change theirs, are copied.
+        """
+        branch = copy.copy(self)
+        branch.layers = [_forked(layer) for layer in self.layers]
+        return branch
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence of the batch in every layer, recurrent states too."""
         layer: Any
@@ -126,6 +175,18 @@ def _compressed(layer: Any, settings: LayerSettings) -> TurboQuantLayer:
     if isinstance(layer, LinearAttentionAndFullAttentionLayer):
         return TurboQuantHybridLayer(settings, layer.number_of_states)
     return TurboQuantLayer(settings)
+
+
+def _forked(layer: Any) -> Any:
+    branch = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            vars(branch)[name] = value.clone()
+        elif isinstance(value, dict):
+            vars(branch)[name] = {
+                key: part.clone() if isinstance(part, Tensor) else part for key, part in value.items()
+            }
+    return branch
 
 
 def _latent(config: PretrainedConfig) -> tuple[int, int] | None:

@@ -117,8 +117,8 @@ class StateCodec:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.plan})"
 
-    def bytes_per_block(self) -> int:
-        """Bytes of codes and float16 scales of a block of one head."""
+    def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
+        """The shape of `packed` for `length` tokens."""
         raise NotImplementedError
 
     def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
@@ -172,9 +172,9 @@ class StateCodec:
 class KeyCodec(StateCodec):
     """Keys: each token's codes lie together, along D."""
 
-    def bytes_per_block(self) -> int:
-        """Bytes of codes and float16 scales of a block of one head."""
-        return self.block_length * (self.plan.bytes_per_vector + 2)
+    def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
+        """(B, H, C, row bytes)."""
+        return batch, heads, length, self.plan.bytes_per_vector
 
     def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
         """(B H C, row bytes) to (B, H, C, row bytes)."""
@@ -190,9 +190,10 @@ class KeyCodec(StateCodec):
 class ValueCodec(StateCodec):
     """Values: each coordinate's codes lie together, along the tokens of a block."""
 
-    def bytes_per_block(self) -> int:
-        """Bytes of codes and float16 scales of a block of one head."""
-        return self.block_length * 2 + sum(band.size * band.width * self.block_length // 8 for band in self.plan.bands)
+    def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
+        """(B, H, C / block, bytes of a block)."""
+        bits = sum(band.size * band.width for band in self.plan.bands)
+        return batch, heads, length // self.block_length, bits * self.block_length // 8
 
     def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
         """(B H C, row bytes) to (B, H, C / block, D bytes)."""
