@@ -1,0 +1,1 @@
+"""The compressed KV cache against the dense one and against its rivals: `python -m benchmarks kvcache`."""
