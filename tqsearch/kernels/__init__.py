@@ -19,10 +19,25 @@ import torch
 from torch import Tensor
 
 from tqsearch.errors import BackendError, InvalidInputError
-from tqsearch.kernels import reference
+from tqsearch.kernels import attention_reference, reference
+from tqsearch.kernels.attention_operands import Compressed, Context, Dense
 from tqsearch.kernels.bands import BandTable, row_bytes
 
-__all__ = ["BACKENDS", "BandTable", "Encoded", "encode", "inner_products", "reconstruct", "row_bytes", "scan", "select"]
+__all__ = [
+    "BACKENDS",
+    "BandTable",
+    "Compressed",
+    "Context",
+    "Dense",
+    "Encoded",
+    "attention",
+    "encode",
+    "inner_products",
+    "reconstruct",
+    "row_bytes",
+    "scan",
+    "select",
+]
 
 BACKENDS = ("auto", "reference", "triton")
 PRECISIONS = ("int8", "exact")
@@ -186,3 +201,59 @@ def scan(
 
         return scan_triton.scan(queries, packed, scales, bias, mask, bands, k, precision)
     return reference.scan(queries, packed, scales, bias, mask, bands, k)
+
+
+def attention(
+    query: Tensor,
+    context: Context,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of a few queries, the last tokens of the context, to dense and compressed keys and values.
+
+    softmax(scaling <q, k>) v over all T tokens of the context, with k = s R^T levels + offset for compressed keys and
+    v = s R^T levels for compressed values. The compressed states are read as they are, never written out decoded.
+
+    Args:
+        query: (B, Hq, Tq, D) float32, float16 or bfloat16; Hq a multiple of the context's heads.
+        context: sinks, compressed and recent tokens; see `Context`.
+        scaling: what inner products are multiplied by.
+        mask: (B, 1, Tq, T), bool (True: seen) or added to the logits; None for causal among the last Tq tokens.
+        softcap: logits become softcap tanh(logits / softcap), before the mask; None for no such thing.
+        s_aux: (Hq,) logits of a token without value that every query sees besides; None for none.
+        sliding_window: a query sees the tokens less than so many before it, whatever the mask says; None for all.
+        backend: see `select`; where Triton has no kernel for the shapes (head dimensions above 256, widths of 5 to 7
+            bits, blocks that are not a power of two from 32 to 256) "auto" is "reference".
+
+    Returns:
+        (B, Tq, Hq, D of the values), of the query's dtype; zeros for a query that sees nothing.
+    """
+    chosen = select(backend, query.device)
+    wrong = _without_kernel(context)
+    if wrong and backend == "triton":
+        raise BackendError(f"backend 'triton' has no kernel for {wrong}; use backend 'auto' or 'reference'")
+    if chosen == "triton" and not wrong:
+        from tqsearch.kernels import attention_triton
+
+        return attention_triton.attention(query, context, scaling, mask, softcap, s_aux, sliding_window)
+    return attention_reference.attention(query, context, scaling, mask, softcap, s_aux, sliding_window)
+
+
+def _without_kernel(context: Context) -> str:
+    """What keeps attention to a context from Triton; empty for nothing."""
+    widths = {band.width for side in (context.keys, context.values) for band in side.bands} - TRITON_WIDTHS
+    if widths:
+        return f"{min(widths)} bits"
+    dim = max(len(context.keys.rotation), len(context.values.rotation))
+    if dim > 256:
+        return f"head dimension {dim}"
+    if context.compressed:
+        block = context.compressed // context.values.packed.shape[2]
+        if block not in (32, 64, 128, 256):
+            return f"blocks of {block} tokens"
+    return ""

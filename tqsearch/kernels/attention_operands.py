@@ -1,0 +1,63 @@
+"""What attention over compressed keys and values takes, beside the query."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tqsearch.kernels.bands import BandTable
+
+
+class Compressed(NamedTuple):
+    """The compressed keys or values of one attention layer: C tokens in whole blocks, C possibly 0.
+
+    A token's vector is estimated as `scale * R^T levels`, plus the offset for keys.
+
+    Attributes:
+        packed: uint8. Keys: (B, H, C, row bytes), a row for each token in the layout of `packing` along the head
+            dimension. Values: (B, H, C / block, bytes), for each block of tokens and each rotated coordinate a row of
+            the block's codes in the layout of `packing` along the tokens; coordinates in order.
+        scales: (B, H, C) float16 or float32.
+        bands: the rotated coordinates' tables in order, sizes summing to the head dimension D.
+        rotation: (D, D) float32, R: the rotated vector of x is R x.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    bands: tuple[BandTable, ...]
+    rotation: Tensor
+
+
+class Dense(NamedTuple):
+    """Keys and values kept in the model's dtype, (B, H, n, D) each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Context(NamedTuple):
+    """All that a layer attends to, in the order of the tokens: sinks, compressed tokens, recent tokens.
+
+    Attributes:
+        sinks: the first tokens.
+        keys, values: the compressed tokens that follow.
+        recent: the last tokens.
+        offset: (H, D) float32, added to every compressed key's estimate; None for zero.
+    """
+
+    sinks: Dense
+    keys: Compressed
+    values: Compressed
+    recent: Dense
+    offset: Tensor | None = None
+
+    @property
+    def compressed(self) -> int:
+        """How many tokens are compressed."""
+        return self.keys.scales.shape[2]
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are in all."""
+        return self.sinks.keys.shape[2] + self.compressed + self.recent.keys.shape[2]
