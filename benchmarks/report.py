@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, tables
+from benchmarks.kvcache import figures as kvcache_figures
+from benchmarks.kvcache import tables as kvcache_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w.+-]+) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
@@ -26,6 +28,8 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 def table(name: str, results: dict[str, dict[str, Any]]) -> str | None:
     """The text between the markers of a name, or None where there is no such result."""
+    if (text := kvcache_tables.table(name, results)) is not None:
+        return text
     if name in results:
         result = results[name]
         if "columns" in result:
@@ -94,13 +98,15 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
         elif after != before:
             path.write_text(after)
             print(f"{where}: {', '.join(changed)}")
-    for result in drawn(results):
+    pictured = [(figures, result) for result in drawn(results)]
+    pictured += [(kvcache_figures, result) for result in kvcache_figures.drawn(results)]
+    for module, result in pictured:
         if options.check:
-            absent = [name for name in figures.names(result) if not (folder / name).exists()]
+            absent = [name for name in module.names(result) if not (folder / name).exists()]
             problems += [f"docs/figures/{name} is missing" for name in absent]
         else:
-            figures.draw(result, folder)
-            print("docs/figures: " + ", ".join(figures.names(result)))
+            module.draw(result, folder)
+            print("docs/figures: " + ", ".join(module.names(result)))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems and options.check:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kvcache.codecs import PQCodec, QuantoCodec, TurboCodec
+from benchmarks.kvcache.codecs import QuantoCodec, TurboCodec
 from benchmarks.kvcache.configurations import (
     DENSE,
     HQQ,
@@ -23,6 +24,7 @@ from benchmarks.kvcache.configurations import (
     QUANTO_WINDOW,
     Configuration,
 )
+from benchmarks.kvcache.product import PQCodec, trained
 from benchmarks.kvcache.simulated import Codec, formula_bytes, simulated_cache
 from benchmarks.kvcache.storage import states
 from tqsearch.plan import BitPlan
@@ -38,11 +40,13 @@ class Subject:
         model: loaded.
         training: (documents, length) int64 that are not measured.
         seed: of rotations.
+        codebooks: a folder where codebooks are kept between runs, so that they can be trained where FAISS is.
     """
 
     model: Any
     training: Tensor
     seed: int
+    codebooks: Path | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,8 +65,10 @@ class Built:
     formula: Callable[[int], dict[str, Any]] | None = None
 
 
-def missing(configuration: Configuration) -> str | None:
+def missing(configuration: Configuration, codebooks: Path | None = None) -> str | None:
     """Why a configuration cannot be measured here, or None."""
+    if configuration.family == PQ and codebooks is not None and (codebooks / f"pq-{configuration.widths}.pt").exists():
+        return None
     for name in NEEDS.get(configuration.family, ()):
         if importlib.util.find_spec(name.partition(".")[0]) is None:
             return f"{name.partition('.')[0]} is not installed"
@@ -140,21 +146,39 @@ def quanto_window(wanted: Configuration, subject: Subject) -> Pairs:
 
 
 def product_quantization(wanted: Configuration, subject: Subject) -> Pairs:
-    """Trained on what the model's dense cache holds for the training documents, keys without their mean."""
-    layers, _, dim = subject.shape
+    """Codebooks from the folder, or trained and put there."""
+    name = f"pq-{wanted.widths}.pt"
+    path = None if subject.codebooks is None else subject.codebooks / name
+    if path is not None and path.exists():
+        books = torch.load(path, weights_only=True)
+    else:
+        books = trained_books(wanted, subject)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(books, path)
+    return [(PQCodec(keys), PQCodec(values)) for keys, values in books]
+
+
+def trained_books(wanted: Configuration, subject: Subject) -> list[list[list[dict[str, Tensor]]]]:
+    """Codebooks by layer, keys and values, and head, of what the dense cache holds for the training documents.
+
+    Keys are trained without their mean, as they are coded without it.
+    """
+    layers, heads, dim = subject.shape
     device = next(subject.model.parameters()).device
-    recorded = [states(subject.model, document.to(device)) for document in subject.training]
-    found: Pairs = []
+    recorded = [states(subject.model, document.to(device), torch.float32) for document in subject.training]
+    books = []
     for layer in range(layers):
         pair = []
         for kind, bits in ((0, wanted.key_bits), (1, wanted.value_bits)):
-            parts = [document[layer][kind].float() for document in recorded]
+            parts = [document[layer][kind] for document in recorded]
             if kind == 0:
                 parts = [part - part.mean(dim=2, keepdim=True) for part in parts]
             rows = torch.cat(parts, dim=2)[0]
-            pair.append(PQCodec(rows, BitPlan.of(dim, bits).bytes_per_vector + 2))
-        found.append((pair[0], pair[1]))
-    return found
+            size = BitPlan.of(dim, bits).bytes_per_vector + 2  # the scale's bytes too
+            pair.append([trained(rows[head], size) for head in range(heads)])
+        books.append(pair)
+    return books
 
 
 SIMULATED: dict[str, Callable[[Configuration, Subject], Pairs]] = {

@@ -1,14 +1,11 @@
-"""Codecs for the simulated cache: TurboQuant in both forms, FAISS PQ, and the library's integer groups."""
+"""Codecs for the simulated cache: TurboQuant in both forms, and the library's integer groups."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from tqsearch.faiss_pq import faiss_pq
 from tqsearch.plan import BitPlan
 from tqsearch.quantizer import TurboQuantizer
 
@@ -44,37 +41,6 @@ class TurboCodec:
         """Codes and a float16 scale; form "prod" also signs and a float16 residual norm."""
         signs = 0 if self.quantizer.qjl is None else -(-self.quantizer.dim // 8) + 2
         return self.quantizer.plan.bytes_per_vector + 2 + signs
-
-
-class PQCodec:
-    """FAISS product quantization, one trained for each head.
-
-    Args:
-        training: (heads, n, dim) states to train on.
-        code_bytes: of a vector.
-        iterations: of k-means.
-    """
-
-    def __init__(self, training: Tensor, code_bytes: int, iterations: int = 15) -> None:
-        self.code_bytes = code_bytes
-        self.indexes: list[Any] = []
-        for head in training.float().cpu().numpy():
-            index = faiss_pq(head.shape[1], code_bytes, "l2", iterations=iterations)
-            index.train(np.ascontiguousarray(head))
-            self.indexes.append(index)
-
-    def round_trip(self, states: Tensor) -> Tensor:
-        """See `simulated.Codec`."""
-        decoded = []
-        for head, index in enumerate(self.indexes):
-            flat = states[:, head].reshape(-1, states.shape[-1]).float().cpu().numpy()
-            vectors = index.sa_decode(index.sa_encode(np.ascontiguousarray(flat)))
-            decoded.append(torch.from_numpy(vectors).view(states[:, head].shape))
-        return torch.stack(decoded, dim=1).to(states)
-
-    def bytes_per_vector(self) -> float:
-        """The code alone: nothing else is kept; the codebooks are not counted."""
-        return float(self.code_bytes)
 
 
 class QuantoCodec:

@@ -44,13 +44,13 @@ def storage_bytes(root: Any) -> int:
 
 
 @torch.inference_mode()
-def states(model: Any, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of every layer for one document, (1, heads, tokens, dim) each, in the model's dtype."""
+def states(model: Any, tokens: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of every layer for one document, (1, heads, tokens, dim) each, in `dtype`."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     model(tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [(layer.keys.to(dtype), layer.values.to(dtype)) for layer in cache.layers]
 
 
 @torch.inference_mode()
