@@ -111,15 +111,26 @@ def encode(values: Tensor, bits: int) -> Tensor:
         (n, d) uint8 codes below 2**bits: the path's bit, then f, the number within the subset, above it.
     """
     book = trellis_codebook(bits)
-    levels = book.levels(values.device).view(-1, 1 << len(book.taps)).t().contiguous()  # (subset, f)
+    return encode_with(values, book.levels(values.device), book.taps)
+
+
+def encode_with(values: Tensor, levels: Tensor, taps: tuple[tuple[int, ...], ...]) -> Tensor:
+    """`encode` with any levels and taps: how the levels are fitted.
+
+    Args:
+        values: as for `encode`.
+        levels: (2^(r + b - 1),) float32, ascending.
+        taps: as `TrellisCodebook.taps`, r of them.
+    """
+    subsets = levels.view(-1, 1 << len(taps)).t().contiguous()  # (subset, f)
     count, dim = values.shape
     codes = torch.empty((count, dim), dtype=torch.uint8, device=values.device)
     held = _HELD_CPU if values.device.type == "cpu" else _HELD_GPU
     size = max(held // (STATES * max(dim, 1)), 16)
     for start in range(0, count, size):
-        rows = slice(start, start + size)
-        path = _best_path(values[rows].t().contiguous(), levels, book.taps).t()
-        codes[rows] = path | (_nearest(values[rows], _subsets(path, book.taps), levels) << 1)
+        rows = values[start : start + size]
+        path = _best_path(rows.t().contiguous(), subsets, taps).t()
+        codes[start : start + size] = path | (_nearest(rows, _subsets(path, taps), subsets) << 1)
     return codes
 
 
