@@ -1,10 +1,10 @@
-"""The command line: `tqsearch demo`, `tqsearch bench`, `tqsearch info`."""
+"""The command line: `tqsearch demo`, `tqsearch bench`, `tqsearch info`, `tqsearch kv-diagnose`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -115,6 +115,41 @@ def info(
         describe_installation()
     else:
         describe_file(index_file)
+
+
+@app.command("kv-diagnose")
+def kv_diagnose(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a model of the hub.")],
+    text: Annotated[Path | None, typer.Option("--text", help="What to read; a page of prose if none.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=16, help="How many tokens to read at most.")] = 2048,
+    noise: Annotated[float, typer.Option("--noise", help="0.1 is next to lossless, 0.35 small.")] = 0.2,
+    device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "cpu",
+    out: Annotated[Path, typer.Option("--out", help="The folder of the figure.")] = Path("kv-diagnosis"),
+) -> None:
+    """Say how hard a model's keys and values are to compress, and recommend bits for its KV cache."""
+    import importlib.util
+
+    if importlib.util.find_spec("transformers") is None:
+        sys.exit("kv-diagnose needs transformers: pip install 'tqsearch[hf]'")
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tqsearch.kvcache import diagnosis_view, sample_text
+    from tqsearch.kvcache.diagnose import diagnose
+    from tqsearch.kvcache.recommend import recommend
+
+    page = sample_text.TEXT if text is None else text.read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(model)(page, return_tensors="pt", verbose=False)["input_ids"][:, :tokens]
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    diagnosis = diagnose(network.to(device).eval(), ids.to(device))
+    name = Path(model).name
+    typer.echo(diagnosis_view.text(name, diagnosis, recommend(diagnosis, noise)))
+    if importlib.util.find_spec("matplotlib") is None:
+        typer.echo("\nmatplotlib is not installed, so no figure is drawn: pip install 'tqsearch[bench]'")
+        return
+    figure = out / f"{name}-kv.png"
+    diagnosis_view.draw(name, diagnosis, figure)
+    typer.echo(f"\nThe figure is {figure}")
 
 
 def describe_installation() -> None:
