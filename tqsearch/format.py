@@ -6,10 +6,12 @@ reader can open it, and loading runs no code. Its metadata are strings, in this 
 
 ========== ==========================================================================================================
 `format`   "tqsearch-index": the first entry, so that a file of ours begins, after its length, with a fixed text
-`version`  "1": the version of this specification; a reader refuses a larger one
+`version`  "1", or "2" for an index of learnt axes: the version of this specification that the file needs; a reader
+           refuses a larger one
 `header`   JSON, keys sorted: `dim`, `metric` ("ip", "cosine", "l2"), `plan` ([[size, width], ...]), `rotation`
            ("hadamard", "dense", "identity"), `seed`, `count` (vectors), `next_id` (one more than the largest id ever
-           given)
+           given); in version 2 also `learnt_plan` ([[size, width], ...], what the codes follow, `plan` being what was
+           asked for) and `keeps_product` (whether there is a `bias` for another metric than "l2")
 `sha256`   of the text of `header`, then for each tensor in the order of the file the text "name dtype [shape]" and its
            bytes; dtype as safetensors names it, the shape as JSON without spaces
 ========== ==========================================================================================================
@@ -25,8 +27,22 @@ The tensors, none if `count` is 0, in this order, without gaps:
 `packed`   U8    [count, row bytes]    the codes, in the layout of `packing`
 ========== ===== ===================== =================================================================================
 
-The codec follows from `dim`, `plan`, `rotation` and `seed` alone: signs and permutations come from `splitmix`, levels
-from `codebook`. A change of any of these that alters codes needs a new version.
+In version 1 the codec follows from `dim`, `plan`, `rotation` and `seed` alone: signs and permutations come from
+`splitmix`, levels from `codebook`. A change of any of these that alters codes needs a new version.
+
+Version 2 has learnt axes. Let m be the number of coordinates of width above 0 in `learnt_plan`. There are two tensors
+more, after `centre`, which is always there, and `bias` and `scales` differ:
+
+============ ===== =================== ===============================================================================
+`axes`       F32   [m, dim]            A, orthonormal rows, in the order of the plan's coordinates of width above 0
+`deviations` F32   [dim]               sigma, of all the plan's coordinates, >= 0
+`bias`       F16   [count]             for "l2" -|z|^2 / t^2, where t^2 is the sum of the squared `deviations`; for the
+                                       others, if `keeps_product`, <c, z> / (t max(t, |c|))
+`scales`     F16   [count]             |A z|^2 / <A z, sigma levels>; 0 if A z is 0
+============ ===== =================== ===============================================================================
+
+The code of coordinate i is that of (A z)_i / sigma_i, all m of them scaled to squared norm m, by the levels of
+dimension m; the bands of width 0 are left out.
 
 `write` writes a temporary file in the same folder, syncs it, renames it over the target and syncs the folder.
 """
@@ -48,13 +64,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tqsearch.errors import CorruptFileError, ForeignFileError, NewerFormatError
+from tqsearch.estimator import bias_dtype
 from tqsearch.plan import BitPlan
 from tqsearch.segments import Columns
 
 FORMAT = "tqsearch-index"
-VERSION = 1
+VERSION = 2
 _PREFIX = b'{"__metadata__":{"format":"' + FORMAT.encode() + b'"'
-_ORDER = ("ids", "centre", "bias", "scales", "packed")
+_ORDER = ("ids", "centre", "axes", "deviations", "bias", "scales", "packed")
 _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 _BINARY = getattr(os, "O_BINARY", 0)  # on Windows
 _CHUNK = 32 << 20  # bytes hashed and written at a time
@@ -71,14 +88,25 @@ class Header:
     seed: int
     count: int
     next_id: int
+    learnt_plan: list[tuple[int, int]] | None = None
+    keeps_product: bool | None = None
+
+    @property
+    def version(self) -> int:
+        """The version of the format that the index needs."""
+        return 1 if self.learnt_plan is None else 2
 
     def text(self) -> str:
         """The JSON text of the file."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
 def write(
-    path: str | os.PathLike[str], header: Header, segments: Sequence[Columns], centre: Tensor | None = None
+    path: str | os.PathLike[str],
+    header: Header,
+    segments: Sequence[Columns],
+    constants: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes an index, whole or not at all, a block at a time.
 
@@ -86,12 +114,11 @@ def write(
         path: the file; an existing one is replaced once the new one is safe on the disk.
         header: the codec and the counts.
         segments: the columns of consecutive runs of rows, on any device.
-        centre: (dim,) float32, or None.
+        constants: `centre`, `axes` and `deviations`, as far as the index has them.
     """
     target = Path(path)
     tensors = {name: [columns[name] for columns in segments] for name in (segments[0] if segments else ())}
-    if centre is not None:
-        tensors["centre"] = [centre]
+    tensors.update((name, [tensor]) for name, tensor in (constants or {}).items())
     tensors = {name: tensors[name] for name in _ORDER if name in tensors}
     mode = target.stat().st_mode & 0o777 if target.exists() else None
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
@@ -121,7 +148,7 @@ def write(
 
 
 def _head(header: Header, tensors: dict[str, list[Tensor]], sha256: str) -> bytes:
-    metadata = {"format": FORMAT, "version": str(VERSION), "header": header.text(), "sha256": sha256}
+    metadata = {"format": FORMAT, "version": str(header.version), "header": header.text(), "sha256": sha256}
     content: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for name, parts in tensors.items():
@@ -174,8 +201,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return _parsed(path, _metadata(path, container.metadata()))
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Header, Columns, Tensor | None]:
-    """Reads and verifies an index: its header, its columns and its centre; the tensors stay memory-mapped.
+def read(path: str | os.PathLike[str]) -> tuple[Header, Columns, dict[str, Tensor]]:
+    """Reads and verifies an index: its header, its columns and its constants; the tensors stay memory-mapped.
 
     Raises:
         ForeignFileError: not a file of this format.
@@ -196,11 +223,10 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, Columns, Tensor | None]:
     if digest.hexdigest() != metadata["sha256"]:
         raise CorruptFileError(f"{path} is altered: its checksum does not match its content; restore it from a copy")
     header = _parsed(path, metadata)
-    centre = columns.pop("centre", None)
-    if centre is not None and (centre.dtype, centre.shape) != (torch.float32, (header.dim,)):
-        raise CorruptFileError(f"{path} is not consistent: its centre has shape {tuple(centre.shape)}")
-    _check_columns(path, header, columns, trained=centre is not None)
-    return header, columns, centre
+    constants = {name: columns.pop(name) for name in ("centre", "axes", "deviations") if name in columns}
+    _check_constants(path, header, constants)
+    _check_columns(path, header, columns, trained="centre" in constants)
+    return header, columns, constants
 
 
 def _check_prefix(path: Path) -> None:
@@ -239,10 +265,17 @@ def _metadata(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> 
 def _parsed(path: str | os.PathLike[str], metadata: dict[str, str]) -> Header:
     try:
         fields = json.loads(metadata["header"])
-        plan = [(int(size), int(width)) for size, width in fields.pop("plan")]
-        header = Header(plan=plan, **fields)
-        if BitPlan.from_pairs(plan).dim != header.dim:
-            raise ValueError(f"its plan covers {BitPlan.from_pairs(plan).dim} coordinates of {header.dim}")
+        new = {"learnt_plan", "keeps_product"}
+        if new & fields.keys() != (new if metadata["version"] == "2" else set()):
+            raise ValueError(f"version {metadata['version']} does not go with its entries")
+        for name in {"plan", "learnt_plan"} & fields.keys() | {"plan"}:
+            fields[name] = [(int(size), int(width)) for size, width in fields[name]]
+            plan = BitPlan.from_pairs(fields[name])
+            if plan.dim != fields["dim"]:
+                raise ValueError(f"its {name} covers {plan.dim} coordinates of {fields['dim']}")
+        header = Header(**fields)
+        if type(header.keeps_product) not in (bool, type(None)):
+            raise ValueError(f"keeps_product is {header.keeps_product!r}")
         if not all(type(n) is int for n in (header.dim, header.seed, header.count, header.next_id)):
             raise ValueError("a number is not an integer")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -250,24 +283,27 @@ def _parsed(path: str | os.PathLike[str], metadata: dict[str, str]) -> Header:
     return header
 
 
-def bias_dtype(metric: str, *, trained: bool) -> torch.dtype | None:
-    """The dtype of an index's `bias`, or None if it keeps none. For "cosine" it is at most 2: float16 is enough."""
-    if metric == "l2":
-        return torch.float32
-    if not trained:
-        return None
-    return torch.float16 if metric == "cosine" else torch.float32
+def _check_constants(path: str | os.PathLike[str], header: Header, constants: dict[str, Tensor]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"centre": (header.dim,)} if "centre" in constants else {}
+    if header.learnt_plan is not None:
+        coded = sum(size for size, width in header.learnt_plan if width)
+        shapes = {"centre": (header.dim,), "axes": (coded, header.dim), "deviations": (header.dim,)}
+    wanted = {name: (torch.float32, shape) for name, shape in shapes.items()}
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in constants.items()}
+    if found != wanted:
+        raise CorruptFileError(f"{path} is not consistent: its header asks for constants {wanted}, it holds {found}")
 
 
 def _check_columns(path: str | os.PathLike[str], header: Header, columns: Columns, *, trained: bool) -> None:
-    count = header.count
+    count, learnt = header.count, header.learnt_plan is not None
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     if count:
-        row_bytes = BitPlan.from_pairs(header.plan).bytes_per_vector
-        half = header.metric == "cosine" and all(width for _, width in header.plan)
+        codes = BitPlan.from_pairs(header.plan if header.learnt_plan is None else header.learnt_plan)
+        half = learnt or (header.metric == "cosine" and all(width for _, width in header.plan))
         wanted["scales"] = (torch.float16 if half else torch.float32, (count,))
-        wanted["packed"] = (torch.uint8, (count, row_bytes))
-        bias = bias_dtype(header.metric, trained=trained)
+        wanted["packed"] = (torch.uint8, (count, codes.bytes_per_vector))
+        keeps_product = trained if header.keeps_product is None else header.keeps_product
+        bias = bias_dtype(header.metric, keeps_product, learnt_axes=learnt)
         if bias is not None:
             wanted["bias"] = (bias, (count,))
         if "ids" in columns:

@@ -16,26 +16,35 @@ from tqsearch import format as file_format
 from tqsearch import kernels
 from tqsearch.arrays import ArrayLike, IdsLike, as_ids, as_matrix, like
 from tqsearch.errors import CorruptFileError, DuplicateIdError, InvalidInputError, UnknownIdError
+from tqsearch.estimator import Estimator
 from tqsearch.ids import IdMap, Ids
 from tqsearch.kernels.reference import merge_top_k
 from tqsearch.locks import ReadWriteLock
 from tqsearch.plan import BitPlan
 from tqsearch.quantizer import Codes, TurboQuantizer
 from tqsearch.segments import Columns, SegmentedRows
+from tqsearch.splitmix import permutation
+from tqsearch.training.basis import Basis
+from tqsearch.training.choice import chosen
+from tqsearch.training.learn import centre_of
 
 Metric = Literal["ip", "cosine", "l2"]
 METRICS = ("ip", "cosine", "l2")
 
+AUTO_ROWS = 4096  # the first add of at least so many rows trains an index of train="auto"
+_AUTO_SAMPLE = 1 << 16  # rows it draws
+_SAMPLE_STREAM = 64  # of the seed's generator
 _GATHER_SHARE = 8  # a filter that allows less than one row in this many is scanned by gathering those rows
 _GATHER_BLOCK = 1 << 16
 _LARGEST_ID = np.iinfo(np.int64).max
 
 
 class TurboQuantIndex:
-    """Vectors as TurboQuant codes, searched without decompressing them. Nothing needs training.
+    """Vectors as TurboQuant codes, searched without decompressing them. Nothing needs training; `train` helps.
 
-    A vector costs `bytes_per_vector`: its codes, a scale (2 bytes for cosine, else 4), for l2 its squared norm (4), and
-    for a trained index of another metric its product with the centre (2 bytes for cosine, else 4).
+    A vector costs `bytes_per_vector`: its codes, a scale (2 bytes for cosine, else 4), and for l2 its squared norm (4).
+    Learnt axes need 2 bytes for each of these, and what is saved goes to the codes: the sum is not more. An index that
+    has learnt its centre alone keeps for cosine and ip also a product with the centre (2 bytes for cosine, else 4).
 
     Scores estimate the metric of the vectors given, without bias over the choice of the seed.
 
@@ -48,6 +57,8 @@ class TurboQuantIndex:
         device: where the codes live; None for the CPU.
         seed: any integer: which random rotation.
         rotation: "hadamard", "dense" or "identity"; see `tqsearch.rotation`.
+        train: "off", or "auto": the first `add` calls `train` with a sample of its own rows if it has at least 4,096.
+            The codes then depend on what was added first. An index whose first rows are fewer stays untrained.
         backend: which kernels; see `tqsearch.kernels.select`.
 
     Raises:
@@ -63,12 +74,17 @@ class TurboQuantIndex:
         seed: int = 0,
         *,
         rotation: str = "hadamard",
+        train: Literal["off", "auto"] = "off",
         backend: str = "auto",
     ) -> None:
         if metric not in METRICS:
             raise InvalidInputError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}")
+        if train not in ("off", "auto"):
+            raise InvalidInputError(f"train must be 'off' or 'auto', got {train!r}")
+        self._auto = train == "auto"
         self.metric: Metric = metric
-        self._quantizer = _quantizer(dim, bits, metric, rotation, seed, backend, None)
+        self._untrained = _estimator(dim, bits, metric, rotation, seed, backend)
+        self._estimator = self._untrained
         self._device = torch.device("cpu" if device is None else device)
         kernels.select(backend, self._device)
         self._rows = SegmentedRows()
@@ -86,13 +102,17 @@ class TurboQuantIndex:
     # What it is
 
     @property
+    def _quantizer(self) -> TurboQuantizer:
+        return self._estimator.quantizer
+
+    @property
     def dim(self) -> int:
         """Width of a vector."""
         return self._quantizer.dim
 
     @property
     def plan(self) -> BitPlan:
-        """The widths of the rotated coordinates."""
+        """The widths of the rotated coordinates; with learnt axes, of those, with the distortion expected of them."""
         return self._quantizer.plan
 
     @property
@@ -108,14 +128,14 @@ class TurboQuantIndex:
     @property
     def bytes_per_vector(self) -> int:
         """Bytes kept for each vector, ids apart (0, 1, 2, ... cost nothing; any others 8 bytes and a look-up table)."""
-        dtype = file_format.bias_dtype(self.metric, trained=self._quantizer.centre is not None)
-        return self._quantizer.bytes_per_vector + (0 if dtype is None else dtype.itemsize)
+        return self._estimator.bytes_per_vector
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for all vectors and ids, counted from the storages."""
+        """Bytes allocated for all vectors and ids, counted from the storages, and once for learnt axes."""
         with self._lock.read():
-            return self._rows.nbytes + self._ids.nbytes
+            basis = self._quantizer.basis
+            return self._rows.nbytes + self._ids.nbytes + (0 if basis is None else basis.nbytes)
 
     def __len__(self) -> int:
         with self._lock.read():
@@ -135,42 +155,85 @@ class TurboQuantIndex:
 
     # Changes
 
-    def train(self, sample: ArrayLike) -> None:
-        """Learns the centre of the vectors to come, the mean of a sample; optional, and only while the index is empty.
+    def train(
+        self, sample: ArrayLike, queries: ArrayLike | None = None, *, learn: Literal["axes", "centre"] = "axes"
+    ) -> None:
+        """Learns from a sample how to code the vectors to come; optional, and only while the index is empty.
 
-        What is coded is then z = x - c. For l2 it costs no bytes a vector; for cosine and ip <c, z> is kept beside the
-        code (2 or 4 bytes), so that only <q - c, z> is estimated: <q, x> = <q, c> + <c, z> + <q - c, z>. It helps where
-        the mean is far from zero: pixels, descriptors such as SIFT, and most embeddings.
+        What is coded is then z = x - c, c the sample's mean, in the sample's principal axes, with more bits for the
+        axes that matter more to scores: see `tqsearch.training`. A vector costs not more bytes than untrained. The axes
+        are kept once, 4 bytes a number, at most dim^2 numbers. Half the sample is held out first: where axes would
+        estimate its scores worse than the centre alone, or with fewer than 64 rows, only the centre is learnt.
+
+        With the centre alone z is rotated as without training, and for cosine and ip <c, z> is kept beside the code (2
+        or 4 bytes more), so that only <q - c, z> is estimated: <q, x> = <q, c> + <c, z> + <q - c, z>.
 
         Args:
-            sample: (n, dim), as for `add`; a few thousand rows drawn at random from the vectors to come.
+            sample: (n, dim), as for `add`; rows drawn at random from the vectors to come, a few times dim of them.
+            queries: (m, dim), such queries as will be asked, a few hundred; None if unknown.
+            learn: "axes", or "centre" for the centre alone: seconds less, and the codes' error does not depend on how
+                like the sample a vector is.
 
         Raises:
             InvalidInputError: no rows, bad rows, or the index holds vectors already; it is unchanged.
         """
-        matrix = as_matrix(sample, self.dim, "sample", self._device)
-        if not len(matrix):
-            raise InvalidInputError(f"sample must have at least one row, got shape {tuple(sample.shape)}")
-        if self.metric == "cosine":
-            matrix = _unit(matrix)
-        centre = matrix.double().mean(dim=0).float()
-        if not torch.isfinite((centre * centre).sum()):
-            raise InvalidInputError("sample must have a mean whose squared norm is finite in float32, got an overflow")
+        if learn not in ("axes", "centre"):
+            raise InvalidInputError(f"learn must be 'axes' or 'centre', got {learn!r}")
+        matrix = self._sample(sample, "sample")
+        asked = None if queries is None else self._sample(queries, "queries")
+        trained = self._learnt(matrix, asked, axes=learn == "axes")
         with self._lock.write():
-            old = self._quantizer
             if len(self._rows):
                 raise InvalidInputError(f"train must come before add, got an index of {len(self._rows)} vectors")
-            self._quantizer = _quantizer(
-                self.dim, self.plan, self.metric, old.rotation.name, old.seed, old.backend, centre
-            )
+            self._estimator = trained
+
+    def _sample(self, rows: ArrayLike, name: str) -> Tensor:
+        matrix = as_matrix(rows, self.dim, name, self._device)
+        if not len(matrix):
+            raise InvalidInputError(f"{name} must have at least one row, got shape {tuple(rows.shape)}")
+        return _unit(matrix) if self.metric == "cosine" else matrix
+
+    def _learnt(self, sample: Tensor, queries: Tensor | None, *, axes: bool) -> Estimator:
+        """The estimator that a checked sample teaches."""
+        centre = centre_of(sample)
+        if not torch.isfinite((centre * centre).sum()):
+            raise InvalidInputError("sample must have a mean whose squared norm is finite in float32, got an overflow")
+        if axes:
+            return chosen(sample, queries, self._untrained, self._made)
+        return self._made(centre, None, True)
+
+    def _made(self, centre: Tensor, basis: Basis | None, keeps_product: bool) -> Estimator:
+        """An estimator like the untrained one, of a centre and a basis."""
+        old = self._untrained.quantizer
+        return _estimator(
+            self.dim, old.plan, self.metric, old.rotation.name, old.seed, old.backend, centre, basis, keeps_product
+        )
+
+    def _train_on_first(self, matrix: Tensor) -> None:
+        """What train="auto" does with the rows of an add, unless the index is trained or holds vectors."""
+        if len(matrix) < AUTO_ROWS or self._estimator is not self._untrained or len(self):
+            return
+        rows = np.sort(permutation(self.seed, _SAMPLE_STREAM, len(matrix))[:_AUTO_SAMPLE])
+        sample = matrix[torch.from_numpy(rows).to(matrix.device)]
+        trained = self._learnt(_unit(sample) if self.metric == "cosine" else sample, None, axes=True)
+        with self._lock.write():
+            if not len(self._rows) and self._estimator is self._untrained:
+                self._estimator = trained
 
     @property
     def centre(self) -> npt.NDArray[np.float32] | None:
         """What is taken off every vector before it is coded, (dim,) float32; None unless trained."""
         return None if self._quantizer.centre is None else self._quantizer.centre.numpy().copy()
 
+    @property
+    def learnt(self) -> Literal["nothing", "centre", "axes"]:
+        """What `train` has learnt; "axes" includes the centre."""
+        if self._quantizer.basis is not None:
+            return "axes"
+        return "nothing" if self._quantizer.centre is None else "centre"
+
     def add(self, vectors: ArrayLike, ids: IdsLike | None = None) -> None:
-        """Adds vectors. Adding in parts makes the same index, byte for byte, as adding at once.
+        """Adds vectors. Adding in parts makes the same index, byte for byte, as adding at once, unless train="auto".
 
         Args:
             vectors: (n, dim) numpy or torch, floating point or integer, any strides, finite.
@@ -184,6 +247,8 @@ class TurboQuantIndex:
         given = None if ids is None else self._new_ids(ids, len(matrix))
         if not len(matrix):
             return
+        if self._auto:
+            self._train_on_first(matrix)
         quantizer = self._quantizer
         columns = self._encode(matrix)
         with self._lock.write():
@@ -213,26 +278,7 @@ class TurboQuantIndex:
         return array
 
     def _encode(self, matrix: Tensor) -> Columns:
-        encoded = self._quantizer.encode_levels(matrix)
-        squares = encoded.norms * encoded.norms if self.metric == "l2" else encoded.norms
-        if not torch.isfinite(squares).all():
-            row = int((~torch.isfinite(squares)).nonzero()[0])
-            what = "squared norms" if self.metric == "l2" else "norms"
-            raise InvalidInputError(
-                f"vectors must have {what} that are finite in float32, got an overflow in row {row}"
-            )
-        columns = {"packed": encoded.packed, "scales": self._quantizer.unbiased_scales(encoded.norms, encoded.dots)}
-        dtype = file_format.bias_dtype(self.metric, trained=self._quantizer.centre is not None)
-        if dtype is not None:
-            bias = -squares if self.metric == "l2" else encoded.centre_products
-            if not torch.isfinite(bias).all():
-                row = int((~torch.isfinite(bias)).nonzero()[0])
-                raise InvalidInputError(
-                    "vectors must have products with the centre that are finite in float32, got an overflow in row "
-                    f"{row}"
-                )
-            columns["bias"] = bias.to(dtype)
-        return columns
+        return self._estimator.encode(matrix)
 
     def _append(self, columns: Columns, ids: Ids) -> None:
         start = len(self._rows)
@@ -368,27 +414,14 @@ class TurboQuantIndex:
     def _search(self, queries: Tensor, k: int, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
         if self.metric == "cosine":
             queries = _unit(queries)
-        constant = torch.zeros(1, device=self._device)
-        if self._quantizer.centre is not None:  # what is scanned estimates products with x - centre
-            centre = self._quantizer.centre.to(self._device)
-            constant = (queries @ centre)[:, None]
-            queries = queries - centre
-        squares = (queries * queries).sum(dim=1, keepdim=True)
-        if not torch.isfinite(squares).all():  # products would overflow, and infinities of both signs make NaN
-            row = int((~torch.isfinite(squares)).nonzero()[0, 0])
-            raise InvalidInputError(
-                f"queries must have squared norms that are finite in float32, got an overflow in row {row}"
-            )
-        if self.metric == "l2":
-            constant = -squares
-        rotated = self._quantizer.rotation.apply(2.0 * queries if self.metric == "l2" else queries).contiguous()
+        scanned = self._estimator.scanned(queries)
         scores = torch.full((len(queries), k), -math.inf, device=self._device)
         ids = torch.full((len(queries), k), -1, dtype=torch.int64, device=self._device)
         for start, columns in self._rows.runs():
             allowed = None if mask is None else mask[start : start + len(columns["packed"])]
             for rows, part, part_mask in _parts(columns, allowed):
                 found, places = kernels.scan(
-                    rotated,
+                    scanned.queries,
                     part["packed"],
                     part["scales"],
                     part.get("bias"),
@@ -401,7 +434,7 @@ class TurboQuantIndex:
                 local = places if rows is None else rows[places]
                 named = columns["ids"][local] if "ids" in columns else local + start
                 scores, ids = merge_top_k(scores, ids, found, named.masked_fill(places < 0, -1), k)
-        scores += constant
+        scores = scores.mul_(scanned.unit).add_(scanned.constant)
         return (-scores if self.metric == "l2" else scores), ids
 
     # Elsewhere
@@ -421,17 +454,24 @@ class TurboQuantIndex:
             header = file_format.Header(
                 dim=self.dim,
                 metric=self.metric,
-                plan=self.plan.pairs(),
+                plan=self._untrained.quantizer.plan.pairs(),
                 rotation=self._quantizer.rotation.name,
                 seed=self.seed,
                 count=len(self._rows),
                 next_id=self._next_id,
+                learnt_plan=None if self._quantizer.basis is None else self.plan.pairs(),
+                keeps_product=None if self._quantizer.basis is None else self._estimator.keeps_product,
             )
             segments = [columns for _, columns in self._rows.runs()]
             if torch.equal(self._ids_of_rows(), torch.arange(len(self._rows), device=self._device)):
                 for columns in segments:
                     columns.pop("ids", None)  # of the views, not of the index
-            file_format.write(path, header, segments, self._quantizer.centre)
+            basis, constants = self._quantizer.basis, {}
+            if self._quantizer.centre is not None:
+                constants["centre"] = self._quantizer.centre
+            if basis is not None:
+                constants.update(axes=basis.axes, deviations=basis.deviations)
+            file_format.write(path, header, segments, constants)
 
     @classmethod
     def load(
@@ -450,17 +490,19 @@ class TurboQuantIndex:
             OSError: the file cannot be read.
         """
         kernels.select(backend, torch.device("cpu" if device is None else device))
-        header, columns, centre = file_format.read(path)
+        header, columns, constants = file_format.read(path)
         try:
             plan = BitPlan.from_pairs(header.plan)
             metric: Metric = header.metric  # type: ignore[assignment]  # checked by the constructor
             index = cls(header.dim, plan, metric, device, header.seed, rotation=header.rotation, backend=backend)
+            if constants:
+                basis = None
+                if header.learnt_plan is not None:
+                    learnt_plan = BitPlan.from_pairs(header.learnt_plan)
+                    basis = Basis(learnt_plan, constants["axes"].clone(), constants["deviations"].clone())
+                index._estimator = index._made(constants["centre"].clone(), basis, header.keeps_product is not False)
         except InvalidInputError as error:
             raise CorruptFileError(f"{path} is not consistent: its header asks for what cannot be ({error})") from error
-        if centre is not None:
-            index._quantizer = _quantizer(
-                header.dim, plan, metric, header.rotation, header.seed, backend, centre.clone()
-            )
         index._next_id = header.next_id
         if "ids" in columns:
             index._plain_ids = False
@@ -474,25 +516,29 @@ class TurboQuantIndex:
         return index
 
 
-def _quantizer(
+def _estimator(
     dim: int,
     bits: float | BitPlan,
     metric: Metric,
     rotation: str,
     seed: int,
     backend: str,
-    centre: Tensor | None,
-) -> TurboQuantizer:
-    """The codec of an index."""
-    return TurboQuantizer(
+    centre: Tensor | None = None,
+    basis: Basis | None = None,
+    keeps_product: bool = False,
+) -> Estimator:
+    """The codec of an index and what it keeps; without a basis a centre's product is always kept."""
+    quantizer = TurboQuantizer(
         dim,
         bits,
         rotation=rotation,
         seed=seed,
         centre=centre,
         unit=metric == "cosine",
+        basis=basis,
         backend=backend,
     )
+    return Estimator(metric, quantizer, keeps_product=keeps_product)
 
 
 def _unit(vectors: Tensor) -> Tensor:

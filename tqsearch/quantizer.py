@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from tqsearch.kernels import BandTable
 from tqsearch.plan import NUMBER, BitPlan
 from tqsearch.qjl import QJL
 from tqsearch.rotation import Hadamard, make_rotation
+from tqsearch.training.basis import Basis
 
 Form = Literal["mse", "prod"]
+
+_BASIS_BLOCK = 1 << 21  # float64 numbers of a block while encoding in a learnt basis
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ class Codes:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
+class EncodedRows(NamedTuple):
+    """Codes, with what an index keeps beside them; see `TurboQuantizer.encode_rows`."""
+
+    packed: Tensor
+    scales: Tensor
+    norms: Tensor
+    centre_products: Tensor
+
+
 class TurboQuantizer:
     """TurboQuant: a random rotation, then optimal scalar levels for each coordinate (arXiv 2504.19874).
 
@@ -68,8 +80,11 @@ class TurboQuantizer:
         projection: of form "prod": "gaussian" (the paper's) or "orthogonal" (less noise).
         centre: (dim,) numbers taken off every vector before it is coded, such as the mean of a sample; None for zero.
         unit: whether vectors are divided by their norms first; their codes then stand for the unit vectors.
+        basis: learnt axes, coded in place of the rotation's by the plan that they bring (`bits` is then not read); see
+            `tqsearch.training`. A scale is then |A z|^2 / <A z, sigma levels>, near 1 for vectors like the sample: what
+            lies outside the coded axes counts as zero.
         scale_dtype: torch.float32 or torch.float16; None for float16 where scales are near 1 / sqrt(dim), that is with
-            `unit` and a plan that keeps bits of every coordinate, else float32.
+            `unit` and a plan that keeps bits of every coordinate, or with a basis; else float32.
         device: where codes are made; None for the vectors' own device.
         backend: see `kernels.select`.
 
@@ -89,6 +104,7 @@ class TurboQuantizer:
         scale_dtype: torch.dtype | None = None,
         centre: ArrayLike | None = None,
         unit: bool = False,
+        basis: Basis | None = None,
         device: str | torch.device | None = None,
         backend: str = "auto",
     ) -> None:
@@ -98,11 +114,17 @@ class TurboQuantizer:
             raise InvalidInputError(f"seed must be an integer, got {seed!r}")
         self.rotation = make_rotation(rotation, dim, int(seed))
         self.dim, self.form, self.seed, self.backend = int(dim), form, int(seed), backend
+        if basis is not None:
+            if form == "prod":
+                raise InvalidInputError("a basis goes with form 'mse' only")
+            bits = basis.plan
+        self.basis = basis
         self.plan = BitPlan.of(self.dim, _less_one(bits) if form == "prod" else bits)
         if form == "mse" and self.plan.bytes_per_vector == 0:
             raise InvalidInputError(f"bits must be above 0 for form 'mse', got the plan {self.plan}")
         if scale_dtype is None:
-            scale_dtype = torch.float16 if unit and all(band.width for band in self.plan.bands) else torch.float32
+            near_one = basis is not None or (unit and all(band.width for band in self.plan.bands))
+            scale_dtype = torch.float16 if near_one else torch.float32
         if scale_dtype not in (torch.float32, torch.float16):
             raise InvalidInputError(f"scale_dtype must be torch.float32 or torch.float16, got {scale_dtype}")
         self.scale_dtype = scale_dtype
@@ -135,17 +157,27 @@ class TurboQuantizer:
 
     @property
     def distortion(self) -> float:
-        """Expected |x - decode|^2 / |x|^2 of form "mse", exact for a Haar rotation."""
-        return self.plan.distortion(self.dim)
+        """Expected |z - decode|^2 / |z|^2 of form "mse", z = x - centre: exact for a Haar rotation; of a basis, for
+        Gaussian vectors of its variances.
+        """
+        return self.plan.distortion(self.dim) if self.basis is None else self.basis.distortion
+
+    @property
+    def scanned_dim(self) -> int:
+        """Coordinates that have codes as the kernels see them: all of a rotation, of a basis those of width above 0."""
+        return self.dim if self.basis is None else self.basis.coded
 
     def tables(self, device: torch.device) -> tuple[BandTable, ...]:
         """The plan's bands with their float32 tables on a device, as the kernels take them."""
         if device not in self._tables:
             tables = []
+            law = self.scanned_dim
             for band in self.plan.bands:
-                book = lloyd_max(band.width, self.dim)
+                if self.basis is not None and not band.width:
+                    continue
+                book = lloyd_max(band.width, law)
                 boundaries, levels = (torch.from_numpy(t).float().to(device) for t in (book.boundaries, book.levels))
-                tables.append(BandTable(band.size, band.width, boundaries, levels, *_integers(book, self.dim)))
+                tables.append(BandTable(band.size, band.width, boundaries, levels, *_integers(book, law)))
             self._tables[device] = tuple(tables)
         return self._tables[device]
 
@@ -159,16 +191,71 @@ class TurboQuantizer:
             InvalidInputError: wrong shape or dtype, or a value that is not finite (the first such row is named).
         """
         matrix = as_matrix(vectors, self.dim, "vectors", self.device)
-        encoded = self.encode_levels(matrix)
         if self.qjl is None:
-            return Codes(encoded.packed, self.unbiased_scales(encoded.norms, encoded.dots))
+            rows = self.encode_rows(matrix)
+            return Codes(rows.packed, rows.scales)
+        encoded = self.encode_levels(matrix)
         scales = (encoded.norms / math.sqrt(self.dim)).to(self.scale_dtype)
         estimate = kernels.reconstruct(encoded.packed, scales, self.tables(matrix.device), backend=self.backend)
         residual = matrix - self.rotation.invert(estimate)
         return Codes(encoded.packed, scales, *self.qjl.encode(residual))
 
+    def encode_rows(self, matrix: Tensor) -> EncodedRows:
+        """Codes of checked rows, (n, dim) float32, form "mse", with what an index keeps beside them.
+
+        Returns:
+            packed: (n, plan.bytes_per_vector) uint8.
+            scales: (n,) of the scale dtype; in float16 of a basis, infinite for a vector some 65,504 times longer than
+                those of the sample.
+            norms: (n,) float32, |z|, z = x - centre.
+            centre_products: (n,) float32, <centre, z>; 0 without a centre.
+        """
+        if self.basis is not None:
+            return self._encode_in_basis(matrix, self.basis)
+        encoded = self.encode_levels(matrix)
+        scales = self.unbiased_scales(encoded.norms, encoded.dots)
+        return EncodedRows(encoded.packed, scales, encoded.norms, encoded.centre_products)
+
+    def _encode_in_basis(self, matrix: Tensor, basis: Basis) -> EncodedRows:
+        """The sum over axes of y sigma levels weighs each by its variance, so it is taken here, not in the kernel."""
+        device, tables = matrix.device, self.tables(matrix.device)
+        axes, sigma = basis.tensors(device)
+        centre = torch.zeros(self.dim) if self.centre is None else self.centre
+        centre = centre.to(device).double()
+        parts = []
+        for block in torch.split(matrix, max(1, _BASIS_BLOCK // self.dim)):
+            rows = block.double()
+            if self.unit:
+                lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+                rows = rows / torch.where(lengths > 0, lengths, 1.0)
+            rows = rows - centre
+            coordinates = rows @ axes.t()
+            spread = coordinates / sigma
+            largest = spread.abs().amax(dim=1, keepdim=True)  # float32 neither overflows nor vanishes
+            spread = spread / torch.where(largest > 0, largest, 1.0)
+            packed = kernels.encode(spread.float(), tables, backend=self.backend).packed
+            ones = torch.ones(len(packed), device=device)
+            levels = kernels.reconstruct(packed, ones, tables, backend=self.backend).double()
+            dots = (coordinates * sigma * levels).sum(dim=1)
+            squares = coordinates.square().sum(dim=1)
+            scales = (squares / torch.where(dots > 0, dots, math.inf)).to(self.scale_dtype)
+            norms = torch.linalg.vector_norm(rows, dim=1).float()
+            parts.append(EncodedRows(packed, scales, norms, (rows @ centre).float()))
+        if not parts:
+            empty = torch.empty(0, device=device)
+            packed = torch.empty((0, self.plan.bytes_per_vector), dtype=torch.uint8, device=device)
+            return EncodedRows(packed, empty.to(self.scale_dtype), empty, empty)
+        return EncodedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def scanned_queries(self, queries: Tensor) -> Tensor:
+        """What `kernels.scan` takes for queries: rotated, or in the basis; (q, dim) to (q, scanned_dim) float32."""
+        return self.rotation.apply(queries).contiguous() if self.basis is None else self.basis.queries(queries)
+
     def encode_levels(self, matrix: Tensor) -> kernels.Encoded:
-        """Codes of checked rows, (n, dim) float32, with what their scales are made from; see `kernels.encode`."""
+        """Codes of checked rows, (n, dim) float32, with what their scales are made from; see `kernels.encode`.
+
+        Of the rotation, not of a basis.
+        """
         tables = self.tables(matrix.device)
         centre = None if self.centre is None else self.centre.to(matrix.device)
         factors, orders = None, None
@@ -198,9 +285,10 @@ class TurboQuantizer:
         """
         scales = codes.scales.float()
         if self.qjl is None and not unbiased:
-            scales = scales * (1.0 - self.distortion)
+            scales = scales * (1.0 - (self.distortion if self.basis is None else self.basis.coded_distortion))
         tables = self.tables(codes.packed.device)
-        vectors = self.rotation.invert(kernels.reconstruct(codes.packed, scales, tables, backend=self.backend))
+        levels = kernels.reconstruct(codes.packed, scales, tables, backend=self.backend)
+        vectors = self.rotation.invert(levels) if self.basis is None else self.basis.invert(levels)
         if self.qjl is not None and codes.signs is not None and codes.residual_norms is not None:
             vectors = vectors + self.qjl.decode(codes.signs, codes.residual_norms)
         if self.centre is not None:
@@ -219,9 +307,8 @@ class TurboQuantizer:
         """
         device = codes.packed.device
         matrix = as_matrix(queries, self.dim, "queries", device, one=True)
-        rotated = self.rotation.apply(matrix)
         products = kernels.inner_products(
-            rotated, codes.packed, codes.scales, self.tables(device), backend=self.backend
+            self.scanned_queries(matrix), codes.packed, codes.scales, self.tables(device), backend=self.backend
         )
         if self.qjl is not None and codes.signs is not None and codes.residual_norms is not None:
             products = products + self.qjl.inner_product(matrix, codes.signs, codes.residual_norms)

@@ -36,11 +36,11 @@ def make(name: str) -> TurboQuantIndex:
         index.add(vectors(4, 21) * np.float32(1000))
     elif name == "l2-trained":
         index = TurboQuantIndex(9, 3, "l2", seed=1)
-        index.train(vectors(8, 9))
+        index.train(vectors(8, 9), learn="centre")
         index.add(np.concatenate([vectors(4, 9), vectors(8, 9).mean(0, keepdims=True)]), ids=[3, 1, 4, 15, 9])
     elif name == "empty-trained":
         index = TurboQuantIndex(7, 2, "ip")
-        index.train(vectors(2, 7))
+        index.train(vectors(2, 7), learn="centre")
     else:
         index = TurboQuantIndex(8, 1, "ip")
         index.add(vectors(3, 8))

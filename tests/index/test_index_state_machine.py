@@ -50,7 +50,7 @@ class IndexBesideNumpy(RuleBasedStateMachine):
         self.index = TurboQuantIndex(DIM, BITS, metric, seed=SEED)
         self.centre = CENTRES[metric].astype(np.float64) if trained else None
         if trained:
-            self.index.train(SAMPLE)
+            self.index.train(SAMPLE, learn="centre")
         self.held = HELD[metric, trained]
         self.bias = bias_of(POOL, self.metric, self.centre)
         self.model: dict[int, int] = {}

@@ -26,7 +26,7 @@ def rows(n: int, seed: int = 0) -> np.ndarray:
 def made(metric: Any, *, train: bool = True, seed: int = 7, bits: float = 3) -> TurboQuantIndex:
     index = TurboQuantIndex(DIM, bits, metric, seed=seed)
     if train:
-        index.train(rows(500, 1))
+        index.train(rows(500, 1), learn="centre")
     index.add(rows(200))
     return index
 
@@ -102,7 +102,7 @@ def test_scores_stay_unbiased_and_become_better(metric: str) -> None:
 def test_parts_blocks_and_files(saved: SavedOf, tmp_path: Any, monkeypatch: Any, metric: Any) -> None:
     wanted = saved(made(metric))
     parts = TurboQuantIndex(DIM, 3, metric, seed=7)
-    parts.train(rows(500, 1))
+    parts.train(rows(500, 1), learn="centre")
     (tmp_path / "empty").write_bytes(saved(parts))
     for part in np.split(rows(200), [1, 2, 90, 190]):
         parts.add(part)
@@ -125,10 +125,10 @@ def test_only_before_vectors(saved: SavedOf) -> None:
     index = made("l2")
     before = saved(index)
     with pytest.raises(InvalidInputError, match="train must come before add, got an index of 200 vectors"):
-        index.train(rows(10))
+        index.train(rows(10), learn="centre")
     assert saved(index) == before
     index.remove(range(200))
-    index.train(rows(1, 5))
+    index.train(rows(1, 5), learn="centre")
     np.testing.assert_array_equal(index.centre, rows(1, 5)[0])
     index.add(rows(1, 5))
     assert np.asarray(index.search(rows(1, 5)[0], 1)[0])[0] == 0
@@ -148,11 +148,11 @@ BAD_SAMPLES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", BAD_SAMPLES)
 def test_bad_samples_change_nothing(saved: SavedOf, case: str) -> None:
     index = TurboQuantIndex(DIM, 3, "ip")
-    index.train(rows(3))
+    index.train(rows(3), learn="centre")
     before = saved(index)
     sample, says = BAD_SAMPLES[case]
     with pytest.raises(InvalidInputError, match="sample.*" + says):
-        index.train(sample)
+        index.train(sample, learn="centre")
     assert saved(index) == before
 
 
@@ -161,7 +161,7 @@ def test_vectors_without_residual(metric: str) -> None:
     """The centre itself has nothing left to code: its scale is 0, not 0/0, and its score is exact."""
     centre = rows(1, 3)
     index = TurboQuantIndex(DIM, 2, metric)  # type: ignore[arg-type]
-    index.train(centre)
+    index.train(centre, learn="centre")
     index.add(np.concatenate([centre, np.zeros_like(centre), -centre, rows(3)]))
     queries = np.concatenate([centre, np.zeros_like(centre), rows(2, 4)])
     scores, ids = (np.asarray(part) for part in index.search(queries, 6))
@@ -175,7 +175,7 @@ def test_vectors_without_residual(metric: str) -> None:
 
 def test_a_product_with_the_centre_that_overflows(saved: SavedOf) -> None:
     index = TurboQuantIndex(DIM, 3, "ip")
-    index.train(np.full((2, DIM), 1e18, np.float32))
+    index.train(np.full((2, DIM), 1e18, np.float32), learn="centre")
     before = saved(index)
     vectors = rows(3)
     vectors[1] = 1e30
@@ -187,7 +187,7 @@ def test_a_product_with_the_centre_that_overflows(saved: SavedOf) -> None:
 def test_the_sample_is_not_kept() -> None:
     sample = rows(1)
     index = TurboQuantIndex(DIM, 4, "ip")
-    index.train(sample)
+    index.train(sample, learn="centre")
     sample[:] = 0
     held = index.centre
     np.testing.assert_array_equal(held, rows(1)[0])
@@ -195,14 +195,14 @@ def test_the_sample_is_not_kept() -> None:
     held[:] = 0
     np.testing.assert_array_equal(index.centre, rows(1)[0])
     from_torch = TurboQuantIndex(DIM, 4, "ip")
-    from_torch.train(torch.from_numpy(rows(1)))
+    from_torch.train(torch.from_numpy(rows(1)), learn="centre")
     np.testing.assert_array_equal(from_torch.centre, index.centre)
 
 
 def test_train_between_the_two_halves_of_an_add(saved: SavedOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread trains after an add has made its codes and before it appends them: they must be made anew."""
     index, wanted = TurboQuantIndex(DIM, 4, "l2"), TurboQuantIndex(DIM, 4, "l2")
-    wanted.train(rows(50, 1))
+    wanted.train(rows(50, 1), learn="centre")
     wanted.add(rows(20))
     encode, times = index._encode, []
 
@@ -210,7 +210,7 @@ def test_train_between_the_two_halves_of_an_add(saved: SavedOf, monkeypatch: pyt
         columns = encode(*args)
         times.append(1)
         if len(times) == 1:
-            index.train(rows(50, 1))
+            index.train(rows(50, 1), learn="centre")
         return columns
 
     monkeypatch.setattr(index, "_encode", encode_then_train)

@@ -1,0 +1,96 @@
+"""Learnt coordinates: principal axes, and the standard deviation along each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tqsearch.codebook import lloyd_max
+from tqsearch.errors import InvalidInputError
+from tqsearch.plan import BitPlan
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The axes that a trained plan codes, and what it knows of all of them.
+
+    With y = A z the coordinate y_i has variance sigma_i^2; y_i / sigma_i is coded by the fixed levels, and sigma_i is
+    multiplied into the query. Products are made in float64, so that a row has the same codes whatever batch it comes
+    in, up to rounding of float64.
+
+    Attributes:
+        plan: the widths of all `dim` coordinates, in the order of `deviations`.
+        axes: (m, dim) float32, orthonormal rows: A, of the m coordinates of width above 0, in the plan's order.
+        deviations: (dim,) float32, sigma, >= 0; above 0 where the width is.
+    """
+
+    plan: BitPlan
+    axes: Tensor
+    deviations: Tensor
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rows, dim = sum(band.size for band in self.plan.bands if band.width), self.plan.dim
+        if self.axes.shape != (rows, dim) or self.deviations.shape != (dim,):
+            raise InvalidInputError(
+                f"axes and deviations must have shapes ({rows}, {dim}) and ({dim},) for the plan {self.plan}, got "
+                f"{tuple(self.axes.shape)} and {tuple(self.deviations.shape)}"
+            )
+        coded = self.deviations[torch.from_numpy(self._widths > 0)]
+        if not (torch.isfinite(self.axes).all() and torch.isfinite(self.deviations).all() and (coded > 0).all()):
+            raise InvalidInputError("axes and deviations must be finite, and the deviations of coded axes above 0")
+
+    @property
+    def coded(self) -> int:
+        """Number of coordinates of width above 0."""
+        return len(self.axes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of axes and deviations, kept once an index."""
+        return 4 * (self.axes.numel() + self.deviations.numel())
+
+    @cached_property
+    def _widths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return np.repeat([band.width for band in self.plan.bands], [band.size for band in self.plan.bands])
+
+    @cached_property
+    def variance(self) -> float:
+        """The expected |z|^2 of vectors like the sample: the sum of the squared deviations."""
+        return float((self.deviations.double() ** 2).sum())
+
+    @cached_property
+    def distortion(self) -> float:
+        """Expected |z - decoded|^2 over expected |z|^2; what is not coded is lost."""
+        errors = np.array([lloyd_max(int(width)).distortion for width in self._widths])
+        return float((self.deviations.double().numpy() ** 2 * errors).sum() / self.variance)
+
+    @cached_property
+    def coded_distortion(self) -> float:
+        """`distortion` within the span of the coded axes."""
+        kept = self._widths > 0
+        squares = self.deviations.double().numpy()[kept] ** 2
+        return float((squares * [lloyd_max(int(width)).distortion for width in self._widths[kept]]).sum()) / float(
+            squares.sum()
+        )
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A (m, dim) and the coded coordinates' sigma (m,), float64, on a device."""
+        if device not in self._on:
+            sigma = self.deviations[torch.from_numpy(self._widths > 0)]
+            self._on[device] = (self.axes.to(device).double(), sigma.to(device).double())
+        return self._on[device]
+
+    def queries(self, queries: Tensor) -> Tensor:
+        """What is scanned for queries: sigma A q, (q, dim) to (q, m) float32."""
+        axes, sigma = self.tensors(queries.device)
+        return ((queries.double() @ axes.t()) * sigma).float().contiguous()
+
+    def invert(self, levels: Tensor) -> Tensor:
+        """Vectors of scaled levels: A^T (sigma levels), (n, m) to (n, dim) float32."""
+        axes, sigma = self.tensors(levels.device)
+        return ((levels.double() * sigma) @ axes).float()
