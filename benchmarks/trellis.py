@@ -9,6 +9,7 @@ integers.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ def scalar_levels(bits: int, dim: int) -> Levels:
 
 def trellis_levels(bits: int) -> Levels:
     """The levels of the nearest walk."""
-    return lambda values: trellis.decode(trellis.encode(values, bits), bits)
+    return lambda values: trellis.decode(trellis.encode(values, bands := [(values.shape[1], bits)]), bands)
 
 
 def compare(data: Dataset, rows: int, queries: int, centred: bool) -> None:
@@ -72,18 +73,21 @@ def fit(bits: int, rows: int = 256, dim: int = 1024, rounds: int = 25) -> None:
     """Print a width's step and the integers of its upper half, fitted to N(0, 1)."""
     book = trellis.trellis_codebook(bits)
     values = torch.randn((rows, dim), generator=torch.Generator().manual_seed(bits))
+    bands, fine = [(dim, bits)], 1e-7  # levels on a fine grid while they move
     count, levels = len(book.integers), book.levels().double()
     for _ in range(rounds):
-        numbers = trellis.level_numbers(trellis.encode_with(values, levels.float(), book.taps), bits).flatten().long()
+        integers = tuple(torch.round(levels / fine - 0.5).int().tolist())
+        moved = dataclasses.replace(book, integers=integers, step=fine)
+        numbers = trellis.level_numbers(trellis.encode(values, bands, [moved]), bands).flatten().long()
         sums = torch.zeros(count, dtype=torch.float64).index_add_(0, numbers, values.flatten().double())
         cells = torch.bincount(numbers, minlength=count).double()
         levels = (sums - sums.flip(0)) / (cells + cells.flip(0))
     half = 127.5 if bits == trellis.MAX_BITS else 63.5
     steps = float(levels[-1]) / half * torch.linspace(1.0, 1.12, 121, dtype=torch.float64)
-    integers = torch.round(levels / steps[:, None] - 0.5)
-    lost = (((integers + 0.5) * steps[:, None] - levels).square() * cells).sum(dim=1)
+    rounded = torch.round(levels / steps[:, None] - 0.5)
+    lost = (((rounded + 0.5) * steps[:, None] - levels).square() * cells).sum(dim=1)
     best = int(lost.argmin())
-    print(f"{bits} bits: step {float(steps[best]):.6g}, upper half {integers[best, count // 2 :].int().tolist()}")
+    print(f"{bits} bits: step {float(steps[best]):.6g}, upper half {rounded[best, count // 2 :].int().tolist()}")
 
 
 def main() -> None:

@@ -1,15 +1,17 @@
 """Trellis-coded levels: several times the levels of a scalar code at the same number of bits.
 
-A coordinate of b bits has 2^(r + b - 1) levels, numbered in ascending order and dealt into 2^r subsets by the number's
-low bits. The first bits of a row's codes, one a coordinate, are its *path* p[0], p[1], ... Each of the r low bits of
-coordinate t's number is a parity of some of the path's last nine bits p[t], p[t - 1] ... p[t - 8] (`TrellisCodebook.
-taps` says which; before the row's start the path is zero). The code's other b - 1 bits, f, are the number's high bits:
+A row is cut into bands, each with its own width of 1 to 4 bits. A coordinate of b bits has 2^(r + b - 1) levels,
+numbered in ascending order and dealt into 2^r subsets by the number's low bits. The first bits of a row's codes, one a
+coordinate, are its *path* p[0], p[1], ... Each of the r low bits of coordinate t's number is a parity of some of the
+path's last nine bits p[t], p[t - 1] ... p[t - 8] (`TrellisCodebook.taps` says which; before the row's start the path is
+zero). The code's other b - 1 bits, f, are the number's high bits:
 
     number[t] = 2^r f[t] + sum over i < r of 2^i (xor over j in taps[i] of p[t - j])
 
 So every sequence of bits is a sequence of levels, any coordinate is decoded from nine bits of the path and b - 1 of its
-own, and storage is b bits a coordinate. The path is a walk through a trellis of 256 states. Encoding finds the walk
-whose levels are nearest to the row, exactly, by dynamic programming (Viterbi).
+own, and storage is b bits a coordinate. The path is a walk through a trellis of 256 states, and encoding finds the walk
+whose levels are nearest to the row (`viterbi`). It runs on from band to band, because its start, from a known state,
+costs as much error as about four coordinates more.
 
 This is trellis-coded quantization (Marcellin and Fischer, 1990), with the code as a feed-forward shift register, so
 that decoding needs no recursion. At 3 and 4 bits the taps are Ungerboeck's code of 256 states; at 1 and 2 bits three
@@ -25,6 +27,7 @@ Levels are half integers times a step, so that integer kernels multiply the very
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,9 +35,11 @@ import torch
 from torch import Tensor
 
 from tqsearch.errors import InvalidInputError
+from tqsearch.viterbi import STATES, Stage, best_paths
 
 MIN_BITS, MAX_BITS = 1, 4
-STATES = 256  # the path's last eight bits, the newest lowest
+
+Bands = Sequence[tuple[int, int]]  # (size, bits) pairs, in the order of the coordinates
 
 _UNGERBOECK = ((1, 4, 5, 6, 7), (0, 2, 3, 6, 8))
 _TAPS = {
@@ -50,10 +55,6 @@ _LEVELS: dict[int, tuple[float, float, tuple[int, ...]]] = {
     3: (0.0393776, 0.02172, (2, 7, 12, 18, 24, 33, 45, 63)),
     4: (0.0243322, 0.005868, (1, 5, 8, 12, 16, 20, 24, 29, 34, 40, 47, 55, 65, 78, 95, 120)),
 }
-
-# Back pointers held at a time, one a state, coordinate and row. A GPU wants many rows a step, a CPU few in its cache.
-_HELD_CPU = 1 << 24
-_HELD_GPU = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class TrellisCodebook:
     step: float
     distortion: float
 
+    def subsets(self, device: torch.device | None = None) -> Tensor:
+        """The levels by subset: (2^r, 2^(b - 1)) float32."""
+        return self.levels(device).view(-1, 1 << len(self.taps)).t().contiguous()
+
     def levels(self, device: torch.device | None = None) -> Tensor:
         """(2^(r + b - 1),) float32, ascending."""
         return ((torch.tensor(self.integers, dtype=torch.float64) + 0.5) * self.step).float().to(device)
@@ -93,139 +98,139 @@ def trellis_codebook(bits: int) -> TrellisCodebook:
     return TrellisCodebook(bits, _TAPS[bits], tuple(~i for i in reversed(upper)) + upper, step, distortion)
 
 
-def row_bytes(dim: int, bits: int) -> int:
-    """Bytes of a packed row: b planes of a bit a coordinate, each ending on a whole byte."""
-    return bits * -(-dim // 8)
+def row_bytes(bands: Bands) -> int:
+    """Bytes of a packed row: with sizes that are multiples of 8, those of the scalar codes of the same widths."""
+    return -(-sum(size for size, _ in bands) // 8) + sum((bits - 1) * -(-size // 8) for size, bits in bands)
 
 
-def encode(values: Tensor, bits: int) -> Tensor:
+def encode(values: Tensor, bands: Bands, books: Sequence[TrellisCodebook] | None = None) -> Tensor:
     """The codes whose levels are nearest to each row, of all sequences that the trellis allows.
-
-    The sums run in float32 in a fixed order, so a row's codes are the same in any batch and on any device.
 
     Args:
         values: (n, d) float32, finite, of variance about 1 a coordinate.
-        bits: 1 to 4.
+        bands: sizes summing to d.
+        books: a codebook a band, in place of `trellis_codebook` of its width; how codebooks are fitted.
 
     Returns:
-        (n, d) uint8 codes below 2**bits: the path's bit, then f, the number within the subset, above it.
+        (n, d) uint8 codes below 2**bits: the path's bit, then f, the number within the subset, above it. They are the
+        same in any batch and on any device.
     """
-    book = trellis_codebook(bits)
-    return encode_with(values, book.levels(values.device), book.taps)
-
-
-def encode_with(values: Tensor, levels: Tensor, taps: tuple[tuple[int, ...], ...]) -> Tensor:
-    """`encode` with any levels and taps: how the levels are fitted.
-
-    Args:
-        values: as for `encode`.
-        levels: (2^(r + b - 1),) float32, ascending.
-        taps: as `TrellisCodebook.taps`, r of them.
-    """
-    subsets = levels.view(-1, 1 << len(taps)).t().contiguous()  # (subset, f)
-    count, dim = values.shape
-    codes = torch.empty((count, dim), dtype=torch.uint8, device=values.device)
-    held = _HELD_CPU if values.device.type == "cpu" else _HELD_GPU
-    size = max(held // (STATES * max(dim, 1)), 16)
-    for start in range(0, count, size):
-        rows = values[start : start + size]
-        path = _best_path(rows.t().contiguous(), subsets, taps).t()
-        codes[start : start + size] = path | (_nearest(rows, _subsets(path, taps), subsets) << 1)
+    books = _books(values, bands) if books is None else books
+    stages = [
+        Stage(size, book.subsets(values.device), _window_subsets(book.taps, values.device))
+        for (size, _), book in zip(bands, books, strict=True)
+    ]
+    path = best_paths(values, stages)
+    codes, first = path.clone(), 0
+    for stage, book in zip(stages, books, strict=True):
+        columns = slice(first, first + stage.size)
+        codes[:, columns] |= _nearest(values[:, columns], _parities(path, columns, book.taps), stage.levels) << 1
+        first += stage.size
     return codes
 
 
-def level_numbers(codes: Tensor, bits: int) -> Tensor:
+def level_numbers(codes: Tensor, bands: Bands) -> Tensor:
     """The number of each coordinate's level in `TrellisCodebook.levels`: (n, d) uint8 codes to (n, d) uint8."""
-    taps = trellis_codebook(bits).taps
-    return ((codes >> 1) << len(taps)) | _subsets(codes & 1, taps)
+    books = _books(codes, bands)
+    path, numbers, first = codes & 1, torch.empty_like(codes), 0
+    for (size, _), book in zip(bands, books, strict=True):
+        columns = slice(first, first + size)
+        numbers[:, columns] = ((codes[:, columns] >> 1) << len(book.taps)) | _parities(path, columns, book.taps)
+        first += size
+    return numbers
 
 
-def decode(codes: Tensor, bits: int) -> Tensor:
+def decode(codes: Tensor, bands: Bands) -> Tensor:
     """The levels of codes: (n, d) uint8 to (n, d) float32."""
-    numbers = level_numbers(codes, bits)
-    levels = trellis_codebook(bits).levels(codes.device)
-    return torch.index_select(levels, 0, numbers.flatten().int()).view(codes.shape)
+    numbers, levels, first = level_numbers(codes, bands).int(), torch.empty(codes.shape, device=codes.device), 0
+    for size, bits in bands:
+        part = numbers[:, first : first + size]
+        table = trellis_codebook(bits).levels(codes.device)
+        levels[:, first : first + size] = torch.index_select(table, 0, part.flatten()).view(part.shape)
+        first += size
+    return levels
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes to rows of bytes: bit plane i holds bit i of every code, the path first.
+def pack(codes: Tensor, bands: Bands) -> Tensor:
+    """Codes to rows of bytes: planes of one bit a coordinate.
 
-    Within a plane, coordinate t is bit t % 8, from the low end, of byte t // 8; spare bits are zero.
+    The first plane is the path, of all bands together. Then, band by band, come the planes of f, lowest bit first.
+    Within a plane its t-th coordinate is bit t % 8, from the low end, of byte t // 8; spare bits are zero.
 
     Args:
-        codes: (n, d) uint8, below 2**bits.
-        bits: 1 to 4.
+        codes: (n, d) uint8, each below 2**bits.
+        bands: sizes summing to d.
 
     Returns:
-        (n, row_bytes(d, bits)) uint8.
+        (n, row_bytes(bands)) uint8.
     """
-    count, dim = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -dim % 8)).view(count, -1, 8)
-    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    planes = [(((padded >> i) & 1) << places).sum(dim=2, dtype=torch.uint8) for i in range(bits)]
+    planes, first = [_pack_plane(codes & 1)], 0
+    for size, bits in bands:
+        planes += [_pack_plane((codes[:, first : first + size] >> i) & 1) for i in range(1, bits)]
+        first += size
     return torch.cat(planes, dim=1)
 
 
-def unpack(packed: Tensor, dim: int, bits: int) -> Tensor:
-    """The inverse of `pack`: (n, row_bytes(dim, bits)) uint8 to (n, dim) uint8 codes."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    planes = ((packed.view(len(packed), bits, -1)[..., None] >> places) & 1).flatten(2)[..., :dim]
-    codes = planes[:, 0].clone()
-    for i in range(1, bits):
-        codes |= planes[:, i] << i
+def unpack(packed: Tensor, bands: Bands) -> Tensor:
+    """The inverse of `pack`: (n, row_bytes(bands)) uint8 to (n, d) uint8 codes."""
+    dim = sum(size for size, _ in bands)
+    byte = -(-dim // 8)
+    codes, first = _unpack_plane(packed[:, :byte], dim), 0
+    for size, bits in bands:
+        for i in range(1, bits):
+            end = byte - (-size // 8)
+            codes[:, first : first + size] |= _unpack_plane(packed[:, byte:end], size) << i
+            byte = end
+        first += size
     return codes
 
 
-def _subsets(path: Tensor, taps: tuple[tuple[int, ...], ...]) -> Tensor:
-    """The parities of each coordinate, as one number: (n, d) uint8 path to (n, d) uint8."""
-    dim = path.shape[1]
-    subsets = torch.zeros_like(path)
+def _pack_plane(bits: Tensor) -> Tensor:
+    count, size = bits.shape
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    padded = torch.nn.functional.pad(bits, (0, -size % 8)).view(count, -(-size // 8), 8)
+    return (padded << places).sum(dim=2, dtype=torch.uint8)
+
+
+def _unpack_plane(plane: Tensor, size: int) -> Tensor:
+    places = torch.arange(8, dtype=torch.uint8, device=plane.device)
+    return ((plane[..., None] >> places) & 1).flatten(1)[:, :size]
+
+
+def _books(rows: Tensor, bands: Bands) -> list[TrellisCodebook]:
+    books = [trellis_codebook(bits) for _, bits in bands]
+    dim = sum(size for size, _ in bands)
+    if rows.ndim != 2 or rows.shape[1] != dim:
+        raise InvalidInputError(f"rows must have shape (n, {dim}), as their bands have, got {tuple(rows.shape)}")
+    return books
+
+
+def _window_subsets(taps: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The subset of every window of nine path bits, the newest lowest: (512,) int32."""
+    windows = torch.arange(2 * STATES, dtype=torch.int32, device=device)
+    subsets = torch.zeros_like(windows)
     for place, backs in enumerate(taps):
         for back in backs:
-            if back < dim:
-                subsets[:, back:] ^= path[:, : dim - back] << place
+            subsets ^= ((windows >> back) & 1) << place
+    return subsets
+
+
+def _parities(path: Tensor, columns: slice, taps: tuple[tuple[int, ...], ...]) -> Tensor:
+    """The parities of some coordinates as one number, their subset: (n, d) uint8 path to (n, columns) uint8."""
+    subsets = torch.zeros_like(path[:, columns])
+    for place, backs in enumerate(taps):
+        for back in backs:
+            missing = max(back - columns.start, 0)  # coordinates whose bit lies before the row, where the path is zero
+            if missing < subsets.shape[1]:
+                subsets[:, missing:] ^= path[:, columns.start + missing - back : columns.stop - back] << place
     return subsets
 
 
 def _nearest(values: Tensor, subsets: Tensor, levels: Tensor) -> Tensor:
     """The number f of the level nearest to each value in its subset: (n, d) uint8. `levels` is (subset, f)."""
     boundaries = 0.5 * (levels[:, 1:] + levels[:, :-1])
-    index = subsets.int().flatten()
+    index = subsets.flatten().int()
     numbers = torch.zeros_like(subsets)
     for boundary in boundaries.t():
         numbers += values > torch.index_select(boundary, 0, index).view(values.shape)
     return numbers
-
-
-def _best_path(columns: Tensor, levels: Tensor, taps: tuple[tuple[int, ...], ...]) -> Tensor:
-    """The path bits of least squared error of each column: (d, n) float32 to (d, n) uint8; `levels` is (subset, f).
-
-    A window is a state's bit that falls out, then the eight bits of the next state: window = 256 * fallen + next, and
-    the state before is window >> 1. For each next state the cheaper of the two windows is kept.
-    """
-    dim, count = columns.shape
-    device = columns.device
-    windows = torch.arange(2 * STATES, dtype=torch.int32, device=device)
-    subsets = torch.zeros_like(windows)
-    for place, backs in enumerate(taps):
-        for back in backs:
-            subsets ^= ((windows >> back) & 1) << place
-    subsets = subsets.view(2, STATES)
-    cost = torch.full((STATES, count), torch.inf, device=device)
-    cost[0] = 0.0
-    fallen = torch.empty((dim, STATES, count), dtype=torch.bool, device=device)
-    for t in range(dim):
-        errors = (columns[t] - levels[:, :, None]).square().amin(dim=1)  # (subsets, n)
-        before = cost.view(2, STATES // 2, 1, count)
-        costs = [
-            (torch.index_select(errors, 0, subsets[i]).view(-1, 2, count) + before[i]).view(STATES, count)
-            for i in range(2)
-        ]
-        torch.lt(costs[1], costs[0], out=fallen[t])
-        torch.minimum(costs[1], costs[0], out=cost)
-    path = torch.empty((dim, count), dtype=torch.uint8, device=device)
-    state = cost.argmin(dim=0)
-    for t in range(dim - 1, -1, -1):
-        path[t] = state & 1
-        state = (state >> 1) + fallen[t].gather(0, state[None])[0] * (STATES // 2)
-    return path
