@@ -12,7 +12,7 @@ def prepare(
     rotation_ptr,  # (SLOTS, DK) float32: the rotation's rows in the order of the slots, zero where there is none
     offset_ptr,  # (H, DK) float32
     digits_ptr,  # (B H row blocks, 2 R, SLOTS) int8
-    factors_ptr,  # (B H row blocks, 2 + bands, R) float32
+    factors_ptr,  # (B H row blocks, 1 + bands + chunks, R) float32: offset's term, bands' factors, chunks' biases
     heads,
     group,
     queries,
@@ -31,10 +31,10 @@ def prepare(
     HAS_OFFSET: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Rotates R rows, and rounds them to |q| / 16256, which no coordinate exceeds: two digits, hi * 128 + lo."""
+    """Rotates R rows to CHUNK slots, and rounds them to |q| / 16256, which no coordinate exceeds: two digits."""
     WIDE: tl.constexpr = 16 if R < 16 else R
     COUNT: tl.constexpr = len(BANDS)
-    task = tl.program_id(0)
+    task, chunk = tl.program_id(0), tl.program_id(1)
     pair = (task // row_blocks).to(tl.int64)
     batch, head = pair // heads, pair % heads
     slot = tl.arange(0, WIDE)
@@ -44,34 +44,32 @@ def prepare(
     columns = tl.arange(0, DK2)
     at = query_ptr + batch * query_b + (head * group + row // queries) * query_h + (row % queries) * query_t
     query = tl.load(at[:, None] + columns[None, :], mask=held[:, None] & (columns < DK)[None, :], other=0.0)
+    slots = chunk * CHUNK + tl.arange(0, CHUNK)
+    rotation = tl.load(rotation_ptr + slots[None, :] * DK + columns[:, None], mask=(columns < DK)[:, None], other=0.0)
     query = query.to(tl.float32)
     norm = tl.sqrt(tl.sum(query * query, axis=1))
     unit = tl.where(norm > 0.0, 16256.0, 0.0) / tl.where(norm > 0.0, norm, 1.0)
-    factors = factors_ptr + task * ((2 + COUNT) * R) + slot
-    bias = tl.zeros((WIDE,), tl.float32)
+    rounded = tl.floor(tl.dot(query, rotation, input_precision="tf32x3") * unit[:, None] + 0.5)
+    high = tl.floor(rounded * 0.0078125 + 0.5)
+    low = rounded - high * 128.0
+    into = digits_ptr + (task.to(tl.int64) * (2 * R) + 2 * slot)[:, None] * SLOTS + slots[None, :]
+    tl.store(into, high.to(tl.int8), mask=(slot < R)[:, None])
+    tl.store(into + SLOTS, low.to(tl.int8), mask=(slot < R)[:, None])
+    factors = factors_ptr + task * ((1 + COUNT + SLOTS // CHUNK) * R) + slot
+    share = 0.0
     for b in tl.static_range(COUNT):
-        total = tl.zeros((WIDE,), tl.float32)
-        for start in tl.static_range(0, tl.constexpr(BANDS[b][6]), CHUNK):
-            slots = BANDS[b][5] + start + tl.arange(0, CHUNK)
-            rotation = tl.load(
-                rotation_ptr + slots[None, :] * DK + columns[:, None], mask=(columns < DK)[:, None], other=0.0
-            )
-            rounded = tl.floor(tl.dot(query, rotation, input_precision="tf32x3") * unit[:, None] + 0.5)
-            high = tl.floor(rounded * 0.0078125 + 0.5)
-            low = rounded - high * 128.0
-            into = digits_ptr + (task.to(tl.int64) * (2 * R) + 2 * slot)[:, None] * SLOTS + slots[None, :]
-            tl.store(into, high.to(tl.int8), mask=(slot < R)[:, None])
-            tl.store(into + SLOTS, low.to(tl.int8), mask=(slot < R)[:, None])
-            total += tl.sum(rounded, axis=1)
         scale = norm * (factor * STEPS[b] / 16256.0)
-        tl.store(factors + (2 + b) * R, scale, mask=slot < R)
-        bias -= scale * OFFSETS[b] * total
-    tl.store(factors, bias, mask=slot < R)
-    constant = tl.zeros((WIDE,), tl.float32)
-    if HAS_OFFSET:
-        offset = tl.load(offset_ptr + head * DK + columns, mask=columns < DK, other=0.0)
-        constant = tl.sum(query * offset[None, :], axis=1) * factor
-    tl.store(factors + R, constant, mask=slot < R)
+        if chunk == 0:
+            tl.store(factors + (1 + b) * R, scale, mask=slot < R)
+        mine = (chunk * CHUNK >= BANDS[b][5]) & (chunk * CHUNK < BANDS[b][5] + BANDS[b][6])
+        share = tl.where(mine, factor * STEPS[b] / 16256.0 * OFFSETS[b], share)
+    tl.store(factors + (1 + COUNT + chunk) * R, -share * norm * tl.sum(rounded, axis=1), mask=slot < R)
+    if chunk == 0:
+        constant = tl.zeros((WIDE,), tl.float32)
+        if HAS_OFFSET:
+            offset = tl.load(offset_ptr + head * DK + columns, mask=columns < DK, other=0.0)
+            constant = tl.sum(query * offset[None, :], axis=1) * factor
+        tl.store(factors, constant, mask=slot < R)
 
 
 @triton.jit
@@ -90,65 +88,61 @@ def merge(
     R: tl.constexpr,
     DV: tl.constexpr,
     DV2: tl.constexpr,
-    RUNS2: tl.constexpr,
     SOME: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_AUX: tl.constexpr,
 ):
-    """Joins the runs of R rows by their log-sum-exp, and rotates CHUNK coordinates back."""
-    WIDE: tl.constexpr = 16 if R < 16 else R
+    """Joins the runs of R rows by their log-sum-exp, SOME at a time, and rotates CHUNK coordinates back."""
     task = tl.program_id(0)
     pair = task // row_blocks
     batch, head = pair // heads, pair % heads
-    slot = tl.arange(0, WIDE)
-    lane = (task % row_blocks) * R + slot
-    held = (slot < R) & (lane < group * queries)
-    every = tl.arange(0, RUNS2)
-    base = task.to(tl.int64) * runs
-    inside = (every < runs)[:, None] & (slot < R)[None, :]
-    where = (base + every)[:, None] * R + slot[None, :]
-    tops = tl.load(top_ptr + where, mask=inside, other=float("-inf"))
-    totals = tl.load(total_ptr + where, mask=inside, other=0.0)
-    highest = tl.max(tops, axis=0)
-    if HAS_AUX:
-        row = tl.where(held, lane, 0)
-        aux = tl.load(s_aux_ptr + head * group + row // queries).to(tl.float32) * 1.4426950408889634
-        highest = tl.maximum(highest, aux)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp2(tops - highest[None, :]) * totals, axis=0)
-    if HAS_AUX:
-        total += tl.exp2(aux - highest)
+    slot = tl.arange(0, R)
     columns = tl.arange(0, DV2)
-    rotated = tl.zeros((WIDE, DV2), tl.float32)
-    kept = (slot < R)[:, None] & (columns < DV)[None, :]
-    for start in range(1, runs, SOME):
-        run = start + tl.arange(0, SOME)
-        there = (run < runs)[:, None] & (slot < R)[None, :]
-        at = (base + run)[:, None] * R + slot[None, :]
-        weight = tl.exp2(tl.load(top_ptr + at, mask=there, other=float("-inf")) - highest[None, :])
-        part = tl.load(
-            parts_ptr + at[:, :, None] * DV + columns[None, None, :],
-            mask=there[:, :, None] & (columns < DV)[None, None, :],
-            other=0.0,
-        )
-        rotated += tl.sum(part * weight[:, :, None], axis=0)
     chunk = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    base = task.to(tl.int64) * runs
     rotation = tl.load(
         rotation_ptr + columns[:, None] * DV + chunk[None, :],
         mask=(columns < DV)[:, None] & (chunk < DV)[None, :],
         other=0.0,
     )
-    out = tl.dot(tl.where(kept, rotated, 0.0), rotation, input_precision="tf32x3")
     dense = tl.load(
-        parts_ptr + (base * R + slot)[:, None] * DV + chunk[None, :],
-        mask=(slot < R)[:, None] & (chunk < DV)[None, :],
-        other=0.0,
+        parts_ptr + (base * R + slot)[:, None] * DV + chunk[None, :], mask=(chunk < DV)[None, :], other=0.0
     )
-    first = tl.exp2(tl.load(top_ptr + base * R + slot, mask=slot < R, other=float("-inf")) - highest)
-    out = (out + dense * first[:, None]) * (tl.where(total > 0.0, 1.0, 0.0) / tl.where(total > 0.0, total, 1.0))[:, None]
-    into = out_ptr + ((batch.to(tl.int64) * queries + lane % queries) * (heads * group) + head * group + lane // queries) * DV
-    tl.store(
-        into[:, None] + chunk[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=held[:, None] & (chunk < DV)[None, :],
-    )
+    first = tl.load(top_ptr + base * R + slot)
+    top = first
+    if HAS_AUX:
+        row = tl.minimum((task % row_blocks) * R + slot, group * queries - 1)
+        aux = tl.load(s_aux_ptr + head * group + row // queries).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, aux)
+    top = tl.where(top == float("-inf"), -1e30, top)
+    total = tl.load(total_ptr + base * R + slot) * tl.exp2(first - top)
+    if HAS_AUX:
+        total += tl.exp2(aux - top)
+    dense *= tl.exp2(first - top)[:, None]
+    rotated = tl.zeros((R, DV2), tl.float32)
+    for start in range(1, runs, SOME):
+        run = start + tl.arange(0, SOME)
+        there = (run < runs)[:, None]
+        at = (base + tl.where(run < runs, run, 0))[:, None] * R + slot[None, :]
+        tops = tl.load(top_ptr + at)
+        totals = tl.load(total_ptr + at)
+        part = tl.load(parts_ptr + at[:, :, None] * DV + columns[None, None, :], mask=(columns < DV)[None, None, :], other=0.0)
+        tops = tl.where(there, tops, float("-inf"))
+        higher = tl.maximum(top, tl.max(tops, axis=0))
+        old = tl.exp2(top - higher)
+        weight = tl.exp2(tops - higher[None, :])
+        total = total * old + tl.sum(totals * weight, axis=0)
+        rotated = rotated * old[:, None] + tl.sum(part * weight[:, :, None], axis=0)
+        dense *= old[:, None]
+        top = higher
+    inverse = tl.where(total > 0.0, 1.0, 0.0) / tl.where(total > 0.0, total, 1.0)
+    if R < 16:  # too few rows for a matrix product
+        back = tl.sum(rotated[:, :, None] * rotation[None, :, :], axis=1)
+    else:
+        back = tl.dot(rotated, rotation, input_precision="tf32x3")
+    lane = (task % row_blocks) * R + slot
+    out = (back + dense) * inverse[:, None]
+    place = (batch.to(tl.int64) * queries + lane % queries) * (heads * group) + head * group + lane // queries
+    into = out_ptr + place[:, None] * DV + chunk[None, :]
+    held = (lane < group * queries)[:, None] & (chunk < DV)[None, :]
+    tl.store(into, out.to(out_ptr.dtype.element_ty), mask=held)

@@ -125,10 +125,14 @@ def key_layout(bands: tuple[BandKey, ...], assembled: bool, device: torch.device
 
 
 def _assembly(width: int, steps: tuple[int, ...], quad: bool, form: int) -> str:
-    """`decode_triton.assembly`, or for 3 bits by bytes: nibbles of two low bits from $4 and a high bit from $5."""
+    """`decode_triton.assembly`, and the PTX of 3 bits by bytes."""
     if form != BYTES:
         return assembly(width, list(steps), quad)
-    low, high = (f"{int.from_bytes(bytes(steps[i : i + 4]), 'little'):#x}" for i in (0, 4))
+    return _bytes_3(*(f"{int.from_bytes(bytes(steps[i : i + 4]), 'little'):#x}" for i in (0, 4)))
+
+
+def _bytes_3(low: str, high: str) -> str:
+    """Nibbles of two low bits from $4 and a high bit from $5, looked up in two words."""
     lines = ["shl.b32 a, $5, 2;", "lop3.b32 a, a, 0x00440044, 0, 0xc0;", "lop3.b32 a, $5, 0x44004400, a, 0xea;"]
     lines += ["lop3.b32 a, $4, 0x33333333, a, 0xea;", f"prmt.b32 $0, {low}, {high}, a;", "shr.u32 a, a, 16;"]
     lines += [f"prmt.b32 $1, {low}, {high}, a;", "shl.b32 a, $5, 1;", "lop3.b32 a, a, 0x00440044, 0, 0xc0;"]

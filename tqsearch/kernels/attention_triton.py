@@ -91,9 +91,12 @@ def _digits(value):
 
 @triton.jit
 def _split_groups(value, GROUPS: tl.constexpr):
-    """(depth, columns, groups) to a tuple of (depth, columns); the group's number has its high bit in the last split."""
+    """(depth, columns, groups) to a tuple of (depth, columns); the group's low bit is taken by the first split."""
     if GROUPS == 1:
-        return (tl.reshape(value, (value.shape[0], value.shape[1])),)
+        # Triton 3.6 fails to compile a matrix product of a reshaped operand; the casts keep the two apart.
+        return (tl.reshape(value.to(tl.int16), (value.shape[0], value.shape[1])).to(tl.int8),)
+    elif GROUPS == 2:
+        return tl.split(value)
     else:
         even, odd = tl.split(tl.reshape(value, (value.shape[0], value.shape[1], GROUPS // 2, 2)))
         evens = _split_groups(even, GROUPS // 2)
@@ -178,9 +181,8 @@ def _key_products(
         groups = _key_groups(
             codes_ptr, tokens, table_ptr, ROW, WIDTH, COLUMNS, STEP, BYTE, PLANE, FORM, start, ASSEMBLY
         )
-        DEPTH: tl.constexpr = groups[0].shape[1]
         for g in tl.static_range(len(groups)):
-            slots = SLOT + start * FIELDS + g * DEPTH + tl.arange(0, DEPTH)
+            slots = SLOT + start * FIELDS + g * groups[g].shape[1] + tl.arange(0, groups[g].shape[1])
             digits = tl.load(queries_ptr + tl.arange(0, N)[:, None] * SLOTS + slots[None, :])
             acc = tl.dot(groups[g], tl.trans(digits), acc, out_dtype=tl.int32)
     return acc
@@ -303,7 +305,7 @@ def _dense_run(
 def split_kernel(
     query_ptr,  # (B, Hq, Tq, DK)
     digits_ptr,  # (B H row blocks, 2 R, SLOTS) int8
-    factors_ptr,  # (B H row blocks, 2 + key bands, R) float32: bias, offset's term, and each band's factor
+    factors_ptr,  # (B H row blocks, 1 + key bands + BIASES, R) float32: see `prepare`
     keys_ptr,  # (B, H, C, KEY_ROW) uint8
     key_scales_ptr,  # (B, H, C)
     key_tables_ptr,
@@ -352,6 +354,7 @@ def split_kernel(
     mask_k,
     R: tl.constexpr,
     SLOTS: tl.constexpr,
+    BIASES: tl.constexpr,
     BLOCK: tl.constexpr,
     KEY_ROW: tl.constexpr,
     VALUE_BYTES: tl.constexpr,
@@ -410,7 +413,7 @@ def split_kernel(
         state = _dense_run(
             state, query, seen, recent_keys_ptr + batch * recent_kb + head * recent_kh,
             recent_values_ptr + batch * recent_vb + head * recent_vh, recent_kt, recent_vt, recents,
-            sinks + compressed, factor, cap, mask_rows, mask_row, mask_k, window, DK, DV, DK2, DV2, 64, MASK,
+            sinks + compressed, factor, cap, mask_rows, mask_row, mask_k, window, DK, DV, DK2, DV2, 32, MASK,
             CAUSAL_DENSE, SOFTCAP, ASSEMBLED)
         # fmt: on
         slot = tl.arange(0, WIDE)
@@ -426,9 +429,11 @@ def split_kernel(
         N: tl.constexpr = 2 * R
         COUNT: tl.constexpr = len(KEY_BANDS)
         tokens = tl.load(tokens_ptr + tl.arange(0, BLOCK))
-        factors = factors_ptr + task * ((2 + COUNT) * R) + tl.arange(0, R)
-        bias = tl.load(factors)
-        constant = tl.load(factors + R)
+        factors = factors_ptr + task * ((1 + COUNT + BIASES) * R) + tl.arange(0, R)
+        constant = tl.load(factors)
+        bias = tl.zeros((R,), tl.float32)
+        for i in range(BIASES):
+            bias += tl.load(factors + (1 + COUNT + i) * R)
         top = tl.full((R,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK, R), tl.float32)
         mass = tl.zeros((BLOCK, R), tl.float32)
@@ -457,7 +462,7 @@ def split_kernel(
                     KEY_BANDS[b][3], KEY_BANDS[b][4], KEY_BANDS[b][5], KEY_BANDS[b][7],
                     tl.constexpr(KEY_ASSEMBLIES[b]), BLOCK)
                 # fmt: on
-                score += _digits(products) * tl.load(factors + (2 + b) * R)[None, :]
+                score += _digits(products) * tl.load(factors + (1 + b) * R)[None, :]
             score = _capped((score + bias[None, :]) * key_scale[:, None] + constant[None, :], cap, SOFTCAP)
             position = (sinks + block * BLOCK + tokens)[:, None]
             mask_row = (lane % queries)[None, :] * mask_t
@@ -470,10 +475,16 @@ def split_kernel(
             old, new = tl.exp2(top - higher), tl.exp2(here - higher)
             weight = tl.exp2(score - here[None, :])
             total = total * old[None, :] + weight * (new[None, :] * tl.exp2(-value_scale)[:, None])
-            high = tl.floor(weight * 127.0 + 0.5)
-            low = tl.floor((weight * 127.0 - high) * 128.0 + 0.5)
-            mass = mass * old[None, :] + (high * 128.0 + low) * new[None, :]
-            digits = tl.reshape(tl.join(high.to(tl.int8), low.to(tl.int8)), (BLOCK, N))
+            # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: no conversion is needed.
+            weight *= 127.0
+            high_bits = weight + 12582912.0
+            high = high_bits - 12582912.0
+            low_bits = (weight - high) * 128.0 + 12582912.0
+            mass = mass * old[None, :] + (high * 128.0 + (low_bits - 12582912.0)) * new[None, :]
+            digits = tl.join(
+                high_bits.to(tl.int32, bitcast=True).to(tl.int8), low_bits.to(tl.int32, bitcast=True).to(tl.int8)
+            )
+            digits = tl.reshape(digits, (BLOCK, N))
             fresh = ()
             for b in tl.static_range(len(VALUE_BANDS)):
                 # fmt: off
@@ -508,7 +519,8 @@ def _splits(programs: int, blocks: int, device: torch.device) -> int:
     return max(1, -(-blocks // wanted))
 
 
-_PROGRAMS = 16  # programs a multiprocessor to aim at
+_PROGRAMS = 8  # programs a multiprocessor to aim at
+_CHUNK = 32  # slots a program prepares; divides those of a band
 _WARPS, _STAGES = 4, 2
 
 
@@ -547,7 +559,8 @@ def attention(
 
     slots = len(key_cut.slots)
     digits = torch.empty((tasks, 2 * rows, slots), dtype=torch.int8, device=device)
-    factors = torch.empty((tasks, 2 + len(key_cut.bands), rows), dtype=torch.float32, device=device)
+    biases = slots // _CHUNK
+    factors = torch.empty((tasks, 1 + len(key_cut.bands) + biases, rows), dtype=torch.float32, device=device)
     allocate = torch.zeros if any(band.width == 0 for band in values.bands) else torch.empty
     parts = allocate((tasks, splits + 1, rows, value_dim), dtype=torch.float32, device=device)
     tops = torch.empty((2, tasks, splits + 1, rows), dtype=torch.float32, device=device)
@@ -555,7 +568,7 @@ def attention(
     factor = scaling * (LOG2_E if softcap is None else 2.0 * LOG2_E / softcap)
     cap = 0.0 if softcap is None else softcap * LOG2_E
     if splits:
-        prepare[(tasks,)](
+        prepare[(tasks, biases)](
             query,
             _slot_rotation(keys.rotation, key_cut.slots),
             query if offset is None else offset,
@@ -577,7 +590,7 @@ def attention(
             DK=key_dim,
             DK2=_power(key_dim),
             HAS_OFFSET=offset is not None,
-            CHUNK=32,
+            CHUNK=_CHUNK,
         )
     if mask is not None:
         mask = mask.expand(batch, -1, count, context.length)
@@ -623,6 +636,7 @@ def attention(
         *((0, 0, 0) if mask is None else (mask.stride(0), mask.stride(2), mask.stride(3))),
         R=rows,
         SLOTS=slots,
+        BIASES=biases,
         BLOCK=block,
         KEY_ROW=keys.packed.shape[3],
         VALUE_BYTES=values.packed.shape[3],
@@ -648,7 +662,7 @@ def attention(
         num_warps=_WARPS,
         num_stages=_STAGES,
     )
-    chunk = min(64, _power(value_dim))
+    chunk = 32 if rows < 16 else 64
     merge[(tasks, -(-value_dim // chunk))](
         parts,
         tops[0],
@@ -664,10 +678,10 @@ def attention(
         R=rows,
         DV=value_dim,
         DV2=_power(value_dim),
-        RUNS2=triton.next_power_of_2(splits + 1),
-        SOME=4,
+        SOME=max(1, 8192 // (rows * _power(value_dim))),
         CHUNK=chunk,
         HAS_AUX=s_aux is not None,
+        num_warps=8 if splits > 8 else 4,
     )
     return out
 
