@@ -7,7 +7,7 @@ codes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -54,9 +54,12 @@ class BitPlan:
 
     Attributes:
         bands: in the order of the coordinates.
+        expected_distortion: of a trained plan, the expected |z - decoded|^2 over |z|^2; None where it follows from the
+            widths alone, see `distortion`. Plans are equal where their bands are.
     """
 
     bands: tuple[Band, ...]
+    expected_distortion: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.bands:
@@ -118,4 +121,7 @@ class BitPlan:
 
     def __str__(self) -> str:
         bands = " + ".join(f"{band.size} x {band.width} bit" for band in self.bands)
-        return f"{bands} = {self.bytes_per_vector} bytes"
+        known = self.expected_distortion
+        return f"{bands} = {self.bytes_per_vector} bytes" + (
+            "" if known is None else f", expected distortion {known:.3g}"
+        )

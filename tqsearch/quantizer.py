@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -117,7 +117,7 @@ class TurboQuantizer:
         if basis is not None:
             if form == "prod":
                 raise InvalidInputError("a basis goes with form 'mse' only")
-            bits = basis.plan
+            bits = replace(basis.plan, expected_distortion=basis.distortion)
         self.basis = basis
         self.plan = BitPlan.of(self.dim, _less_one(bits) if form == "prod" else bits)
         if form == "mse" and self.plan.bytes_per_vector == 0:

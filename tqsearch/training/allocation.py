@@ -73,8 +73,8 @@ def _optimal_widths(block_weights: Array, sizes: list[int], budget: int) -> list
         current = np.full(budget + 1, math.inf)
         for width in WIDTHS:
             nbytes = Band(sizes[j], width).nbytes
-            if nbytes > budget:
-                break
+            if nbytes > budget:  # in a small block a wider code can be the shorter: 3 bits are two planes
+                continue
             cost = np.full(budget + 1, math.inf)
             cost[nbytes:] = least[: budget + 1 - nbytes] + block_weights[j] * lloyd_max(width).distortion
             better = cost < current  # strictly: of equal costs the narrower width
