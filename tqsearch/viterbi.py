@@ -15,7 +15,7 @@ from torch import Tensor
 STATES = 256
 
 # Back pointers held at a time, one a state, step and row. A GPU wants many rows a step, a CPU few in its cache.
-_HELD_CPU = 1 << 24
+_HELD_CPU = 1 << 26
 _HELD_GPU = 1 << 31
 
 
@@ -48,15 +48,16 @@ def best_paths(values: Tensor, stages: Sequence[Stage]) -> Tensor:
     count, dim = values.shape
     paths = torch.empty((count, dim), dtype=torch.uint8, device=values.device)
     held = _HELD_CPU if values.device.type == "cpu" else _HELD_GPU
-    size = max(held // (STATES * max(dim, 1)), 16)
-    for start in range(0, count, size):
+    size = min(max(held // (STATES * max(dim, 1)), 16), count)
+    fallen = torch.empty((dim, STATES, size), dtype=torch.bool, device=values.device)
+    for start in range(0, count, max(size, 1)):
         rows = slice(start, start + size)
-        paths[rows] = _best_columns(values[rows].t().contiguous(), stages).t()
+        paths[rows] = _best_columns(values[rows].t().contiguous(), stages, fallen).t()
     return paths
 
 
-def _best_columns(columns: Tensor, stages: Sequence[Stage]) -> Tensor:
-    """`best_paths` of columns, (d, n) float32 to (d, n) uint8.
+def _best_columns(columns: Tensor, stages: Sequence[Stage], fallen: Tensor) -> Tensor:
+    """`best_paths` of columns, (d, n) float32 to (d, n) uint8; `fallen` is (d, STATES, n or more) bool, to write to.
 
     A window is a bit that falls out, then the next state: window = 256 * fallen + next, and the state before is window
     >> 1. For each next state the cheaper of its two windows is kept.
@@ -64,7 +65,7 @@ def _best_columns(columns: Tensor, stages: Sequence[Stage]) -> Tensor:
     dim, count = columns.shape
     cost = torch.full((STATES, count), torch.inf, device=columns.device)
     cost[0] = 0.0
-    fallen = torch.empty((dim, STATES, count), dtype=torch.bool, device=columns.device)
+    fallen = fallen.view(-1)[: dim * STATES * count].view(dim, STATES, count)
     step = 0
     for stage in stages:
         subsets = stage.windows.view(2, STATES)
