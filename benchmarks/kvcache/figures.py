@@ -151,6 +151,7 @@ def finish(figure: Any, axes: Any, title: str, path: Path) -> None:
     axes.grid(True, color="#e4e4e4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=9.5)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=9.5)
     figure.savefig(path, dpi=150)
     plt.close(figure)
