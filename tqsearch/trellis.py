@@ -27,7 +27,7 @@ Levels are half integers times a step, so that integer kernels multiply the very
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,6 +40,7 @@ from tqsearch.viterbi import STATES, Stage, best_paths
 MIN_BITS, MAX_BITS = 1, 4
 
 Bands = Sequence[tuple[int, int]]  # (size, bits) pairs, in the order of the coordinates
+Search = Callable[[Tensor, Sequence[Stage]], Tensor]
 
 _UNGERBOECK = ((1, 4, 5, 6, 7), (0, 2, 3, 6, 8))
 _TAPS = {
@@ -103,13 +104,16 @@ def row_bytes(bands: Bands) -> int:
     return -(-sum(size for size, _ in bands) // 8) + sum((bits - 1) * -(-size // 8) for size, bits in bands)
 
 
-def encode(values: Tensor, bands: Bands, books: Sequence[TrellisCodebook] | None = None) -> Tensor:
+def encode(
+    values: Tensor, bands: Bands, books: Sequence[TrellisCodebook] | None = None, search: Search = best_paths
+) -> Tensor:
     """The codes whose levels are nearest to each row, of all sequences that the trellis allows.
 
     Args:
         values: (n, d) float32, finite, of variance about 1 a coordinate.
         bands: sizes summing to d.
         books: a codebook a band, in place of `trellis_codebook` of its width; how codebooks are fitted.
+        search: what finds the walk: `viterbi.best_paths`, or a kernel that finds the same.
 
     Returns:
         (n, d) uint8 codes below 2**bits: the path's bit, then f, the number within the subset, above it. They are the
@@ -120,7 +124,7 @@ def encode(values: Tensor, bands: Bands, books: Sequence[TrellisCodebook] | None
         Stage(size, book.subsets(values.device), _window_subsets(book.taps, values.device))
         for (size, _), book in zip(bands, books, strict=True)
     ]
-    path = best_paths(values, stages)
+    path = search(values, stages)
     codes, first = path.clone(), 0
     for stage, book in zip(stages, books, strict=True):
         columns = slice(first, first + stage.size)
