@@ -1,60 +1,18 @@
 """The reference ops against numpy float64. Tables of small integers make scores exact in float32: equal, not close."""
 
-import math
 
 import numpy as np
 import pytest
 import torch
+from encoded_rows import PLANS, Rows, as_float
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tqsearch import kernels
 from tqsearch.errors import BackendError, InvalidInputError
-from tqsearch.kernels import BandTable, reference
-from tqsearch.rotation import Hadamard
+from tqsearch.kernels import reference
 
-PLANS = [[(8, 4)], [(1, 1)], [(63, 2)], [(65, 3)], [(100, 8)], [(24, 3), (40, 2)], [(7, 5), (9, 0), (30, 1), (3, 6)]]
-PLANS += [[(16, 7)], [(5, 0), (4, 4)], [(128, 1)]]
 SIZES = [0, 1, 63, 65, 200]
-
-
-class Rows:
-    """Encoded rows of integer levels, with float64 copies of everything."""
-
-    def __init__(self, oracle, pairs, count, seed=0, queries=5):
-        rng = np.random.default_rng(seed)
-        self.dim = sum(size for size, _ in pairs)
-        self.bands, codes, levels, self.tables, start = [], [], [], [], 0
-        for size, width in pairs:
-            table = np.sort(rng.choice(np.arange(-128, 128), 2**width, replace=False)) if width else np.zeros(1)
-            boundaries = (table[1:] + table[:-1]) / 2
-            band = BandTable(size, width, as_float(boundaries), as_float(table), tuple(map(int, table)), 0.0, 1.0)
-            self.bands.append(band)
-            code = rng.integers(0, 2**width, (count, size))
-            codes.append(code)
-            levels.append(table[code].astype(np.float64))
-            self.tables.append((slice(start, start + size), table, boundaries))
-            start += size
-        self.bands = tuple(self.bands)
-        self.codes, self.levels = np.concatenate(codes, axis=1), np.concatenate(levels, axis=1)
-        packed = b"".join(oracle.pack(row.tolist(), pairs) for row in self.codes)
-        nbytes = len(oracle.pack([0] * self.dim, pairs))
-        self.packed = torch.from_numpy(np.frombuffer(packed, np.uint8).reshape(count, nbytes).copy())
-        self.scales = 2.0 ** rng.integers(-3, 3, count)
-        self.queries = rng.integers(-8, 9, (queries, self.dim)).astype(np.float64)
-        self.bias = rng.integers(-50, 50, count) / 2.0
-        self.mask = rng.random(count) < 0.5
-        self.products = self.queries @ self.levels.T * self.scales
-
-    def scan(self, k, bias=False, mask=None):
-        mask = None if mask is None else torch.from_numpy(np.asarray(mask))
-        bias = as_float(self.bias) if bias else None
-        arguments = (as_float(self.queries), self.packed, as_float(self.scales), bias, mask, self.bands, k)
-        return [out.numpy() for out in kernels.scan(*arguments)]
-
-
-def as_float(values):
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
 
 def check_top(scores, rows, all_scores, k):
@@ -194,105 +152,6 @@ def test_float_queries_lie_within_the_error_of_a_float32_sum(oracle, rng):
     exact = queries.astype(np.float64) @ data.levels.T * scales
     bound = 202 * oracle.eps * (np.abs(queries) @ np.abs(data.levels).T) * scales
     assert (np.abs(products.numpy() - exact) <= bound).all()
-
-
-@pytest.mark.parametrize("pairs", PLANS)
-@pytest.mark.parametrize("count", [0, 1, 65])
-@pytest.mark.parametrize("rotated", [True, False])
-@pytest.mark.parametrize("centred", [None, "centre", "unit and centre", "unit"])
-def test_encode(oracle, rng, pairs, count, rotated, centred):
-    data = Rows(oracle, pairs, count)
-    tables = [(rows, levels / 64.0, boundaries / 64.0) for rows, levels, boundaries in data.tables]
-    bands = tuple(b._replace(boundaries=b.boundaries / 64, levels=b.levels / 64) for b in data.bands)
-    x = rng.standard_normal((count, data.dim)) * np.exp(3 * rng.standard_normal((count, 1)))
-    x = x.astype(np.float32)
-    factors, orders = Hadamard(data.dim, 6).tensors(torch.device("cpu")) if rotated else (None, None)
-    z, options, growth = x.astype(np.float64), {}, 1.0
-    if centred:
-        unit = centred.startswith("unit")
-        norms = np.linalg.norm(z, axis=1, keepdims=True)
-        centre = rng.standard_normal(data.dim).astype(np.float32) * (0.1 if unit else 1.0)
-        centre = centre if centred.endswith("centre") else None
-        options = {"unit": unit, "centre": None if centre is None else torch.from_numpy(centre)}
-        z = (z / norms if unit else z) - (0.0 if centre is None else centre)
-        # What is taken off keeps the rounding of what was there: relative to |z| it grows by (|x| + |c|) / |z|.
-        before = (1.0 if unit else norms) + (0.0 if centre is None else np.linalg.norm(centre))
-        growth = 1 + float((before / np.linalg.norm(z, axis=1, keepdims=True)).max(initial=0.0))
-    out = kernels.encode(torch.from_numpy(x), bands, factors, orders, **options)
-    check_encoded(oracle, out, z, tables, pairs, 6 if rotated else None, growth)
-    c = np.zeros(data.dim) if options.get("centre") is None else centre.astype(np.float64)
-    slack = (2 * math.log2(data.dim) + 8) * oracle.eps * growth * np.linalg.norm(z, axis=1) * np.linalg.norm(c)
-    assert (np.abs(out.centre_products.numpy() - z @ c) <= slack).all()
-
-
-def check_encoded(oracle, out, z, tables, pairs, seed, growth):
-    dim = z.shape[1]
-    unit = oracle.unit(z, seed)
-    codes = decode_bits(oracle, out.packed.numpy(), pairs)
-    tolerance = oracle.rounding(dim) * growth
-    oracle.count_wrong_codes(codes, unit, tables, tolerance)
-    levels = np.concatenate([table[codes[:, rows]] for rows, table, _ in tables], axis=1)
-    norms = np.linalg.norm(z, axis=1)
-    np.testing.assert_allclose(out.norms.numpy(), norms, rtol=(2 * math.log2(dim) + 8) * oracle.eps * growth)
-    dots = (unit * levels).sum(axis=1)
-    slack = tolerance * np.abs(levels).sum(axis=1) + (math.log2(dim) + 2) * oracle.eps * np.abs(unit * levels).sum(1)
-    assert (np.abs(out.dots.numpy() - dots) <= slack).all()
-    assert out.packed.dtype == torch.uint8
-    assert out.norms.dtype == out.dots.dtype == torch.float32
-
-
-def test_a_zero_row_divided_by_its_norm_stays_zero_before_the_centre_is_taken_off(oracle):
-    data = Rows(oracle, [(8, 2)], 1)
-    centre = torch.full((8,), -0.5)
-    out = kernels.encode(torch.zeros(1, 8), data.bands, centre=centre, unit=True)
-    expected = kernels.encode(torch.full((1, 8), 0.5), data.bands)
-    assert torch.equal(out.packed, expected.packed)
-    assert out.norms.tolist() == pytest.approx([math.sqrt(2.0)], rel=1e-6)
-
-
-def decode_bits(oracle, packed, pairs):
-    """Codes by looking for each byte row's meaning bit by bit: the packed image of every single set bit is known."""
-    dim = sum(size for size, _ in pairs)
-    bits = np.unpackbits(packed, axis=1, bitorder="little").astype(np.int64)
-    codes, start = np.zeros((len(packed), dim), dtype=np.int64), 0
-    for size, width in pairs:
-        for i in range(start, start + size):
-            for bit in range(width):
-                one = [0] * dim
-                one[i] = 1 << bit
-                image = np.frombuffer(oracle.pack(one, pairs), np.uint8)
-                codes[:, i] |= bits[:, int(np.argmax(np.unpackbits(image, bitorder="little")))] << bit
-        start += size
-    return codes
-
-
-@pytest.mark.parametrize("block_rows", [1, 13, 64])
-def test_encode_in_blocks_is_the_same(oracle, rng, monkeypatch, block_rows):
-    data = Rows(oracle, [(24, 3), (41, 2)], 1)
-    x = torch.from_numpy(rng.standard_normal((200, 65)).astype(np.float32))
-    tensors = Hadamard(65, 1).tensors(torch.device("cpu"))
-    whole = kernels.encode(x, data.bands, *tensors)
-    monkeypatch.setattr(reference, "ENCODE_BLOCK", block_rows * 65)
-    parts = kernels.encode(x, data.bands, *tensors)
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-
-
-def test_a_value_on_a_boundary_has_the_lower_code(oracle):
-    """All ones: u = 1 exactly in every coordinate."""
-    boundaries = torch.tensor([-1.0, 0.0, 1.0])
-    band = BandTable(4, 2, boundaries, torch.tensor([-1.5, -0.5, 0.5, 1.5]), (-3, -1, 1, 3), 0.0, 0.5)
-    out = kernels.encode(torch.tensor([[1.0, 1, 1, 1], [3, -3, 3, -3], [0, 0, 0, 0]]), (band,))
-    assert out.packed.numpy().tobytes().hex() == "aa2255"  # codes 2222, 2020 from the low end, 1111
-    assert out.norms.tolist() == [2.0, 6.0, 0.0]
-    assert out.dots.tolist() == [2.0, 4.0, 0.0]
-
-
-def test_encode_does_not_write_to_its_input(oracle, rng):
-    data = Rows(oracle, [(24, 3)], 1)
-    for x in (torch.randn(1, 24), torch.randn(24, 5).t()):
-        before = x.clone()
-        kernels.encode(x, data.bands, *Hadamard(24, 1).tensors(torch.device("cpu")))
-        assert torch.equal(x, before)
 
 
 def test_unknown_backend_and_device_are_refused():

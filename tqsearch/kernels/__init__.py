@@ -56,7 +56,7 @@ class Encoded(NamedTuple):
 
 
 def select(backend: str, device: torch.device) -> str:
-    """The backend that runs an op which has a Triton kernel (today `scan`); the other ops are plain torch everywhere.
+    """The backend that runs an op which has a Triton kernel; the other ops are plain torch everywhere.
 
     It depends on its arguments and on what is installed, never on an exception caught on the way: an explicit backend
         that
@@ -107,7 +107,7 @@ def encode(
     its band's boundaries below it.
 
     Args:
-        vectors: (n, d) float32 on the device to work on, any strides, finite.
+        vectors: (n, d) float32 on the device to work on, any strides, finite; Triton also takes float16 and bfloat16.
         bands: the coordinates' tables in order, sizes summing to d.
         factors: (rounds, d) float32 of the randomized Hadamard transform, as `rotation.Hadamard.tensors` gives them;
             None if the vectors are rotated already.
@@ -122,7 +122,10 @@ def encode(
         dots: (n,) float32, <u, levels of the codes>; 0 for a zero z, whose codes are those of u = 0.
         centre_products: (n,) float32, <centre, z>; 0 without a centre.
     """
-    select(backend, vectors.device)
+    if select(backend, vectors.device) == "triton":
+        from tqsearch.kernels import encode_triton
+
+        return Encoded(*encode_triton.encode(vectors, bands, factors, orders, centre, unit))
     return Encoded(*reference.encode(vectors, bands, factors, orders, centre, unit))
 
 
