@@ -92,14 +92,15 @@ def bytes_held(group: Group, keep: Keep, scene: Scene) -> None:
 
 
 def tokens_per_second(group: Group, keep: Keep, scene: Scene) -> None:
+    """Decoding behind 4,096 tokens, one document at a time and several."""
     options = scene.options
     text = next(iter(scene.texts.values()))
     rows = documents.windows(text, options.batch, 4096).to(options.device)
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16  # bfloat16 is slow on most CPUs
     scene.model.to(dtype)
     for one, made in group:
-        found = speed.decoding(scene.model, rows, made.make, 512, 32)
-        keep(one, "speed", {**found, "dtype": str(dtype).removeprefix("torch.")})
+        runs = [speed.decoding(scene.model, rows[:batch], made.make, 512, 32) for batch in sorted({1, options.batch})]
+        keep(one, "speed", {"runs": runs, "dtype": str(dtype).removeprefix("torch.")})
     scene.model.to(torch.float32)
 
 
@@ -127,4 +128,4 @@ def headline(part: str, found: dict[str, Any]) -> str:
         return f"{found['matched_tokens']['mean']:.1f} of {found['steps']} tokens, {found['whole']} whole"
     if part == "bytes":
         return f"{found['per_token']:g} a token, {found['ratio_per_token']:.3f} of {found['dtype']} ({found['from']})"
-    return f"{found['decode_tokens_per_second']:g} tokens/s"
+    return ", ".join(f"{one['batch']}: {one['decode_tokens_per_second']:g} tokens/s" for one in found["runs"])

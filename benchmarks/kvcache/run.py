@@ -97,6 +97,7 @@ def measure(
         "environment": environment(options.seed),
         "dtype": "float32",
         "chunk": options.chunk,
+        "batch": options.batch,
         "device": options.device,
         "quick": options.quick,
     }

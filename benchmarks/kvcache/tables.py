@@ -136,12 +136,13 @@ def speed(result: dict[str, Any]) -> str:
     rows = [
         [
             run["name"],
-            str(run["speed"]["batch"]),
-            f"{run['speed']['context']:,}",
-            f"{run['speed']['decode_tokens_per_second']:,.0f}",
-            f"{run['speed']['prefill_tokens_per_second']:,.0f}",
+            str(one["batch"]),
+            f"{one['context']:,}",
+            f"{one['decode_tokens_per_second']:,.0f}",
+            f"{one['prefill_tokens_per_second']:,.0f}",
         ]
         for run in runs
+        for one in run["speed"]["runs"]
     ]
     parts = [markdown(SPEED_HEADER, rows)]
     parts += [provenance(run["speed"]["effort"]["environment"]) for run in runs[:1]]
