@@ -14,9 +14,12 @@ from tqsearch.format import read_header
 from tqsearch.index import TurboQuantIndex
 
 
-@pytest.fixture(scope="module", params=["l2", "cosine", "empty"])
+@pytest.fixture(scope="module", params=["l2", "cosine", "axes", "empty"])
 def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    index = TurboQuantIndex(12, 2.5, "l2" if request.param == "l2" else "cosine", seed=3)
+    index = TurboQuantIndex(12, 2.5, "l2" if request.param in ("l2", "axes") else "cosine", seed=3)
+    if request.param == "axes":
+        index.train(np.random.default_rng(1).standard_normal((500, 12)) / np.arange(1, 13))
+        assert index.learnt == "axes"
     if request.param != "empty":
         vectors = np.random.default_rng(0).standard_normal((20, 12)).astype(np.float32)
         index.add(vectors, ids=np.arange(20)[::-1] if request.param == "l2" else None)

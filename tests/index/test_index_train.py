@@ -179,7 +179,7 @@ def test_a_product_with_the_centre_that_overflows(saved: SavedOf) -> None:
     before = saved(index)
     vectors = rows(3)
     vectors[1] = 1e30
-    with pytest.raises(InvalidInputError, match="products with the centre .* overflow in row 1"):
+    with pytest.raises(InvalidInputError, match=r"products with the centre .* overflow in row 1"):
         index.add(vectors)
     assert saved(index) == before
 

@@ -16,7 +16,6 @@ from tqsearch.training.spectrum import principal_axes
 FEWEST_ROWS = 64  # of a sample from which axes are learnt
 _WIDE = 256  # from this dimension on widths are given to blocks of 32 coordinates, so that GPU loads stay aligned
 _FLOOR = 1e-6  # deviations are at least this part of the largest
-_ALIKE = 0.3  # the share of the queries' second moment that is taken as equal in all directions
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,9 @@ def learn(
 
     The error of a score is <q, e>, with e the error of z's code, whose variance along axis i is lambda_i D(b_i). Its
     expected square is the sum of mu_i lambda_i D(b_i) with mu_i the second moment of the queries along axis i, and that
-    is what `allocate` makes least. mu is estimated:
-
-    * from `queries`, of which 0.3 are taken as alike in all directions: 0.7 mu_i + 0.3 mean(mu);
-    * without, queries are taken to be distributed as the sample; but what decides a ranking is the difference of
-      neighbours, which lies in all directions. Between the two, mu_i is the geometric mean of the sample's second
-      moment along axis i and its mean over the axes.
+    is what `allocate` makes least. Without `queries` they are taken to be distributed as the sample. But what decides a
+    ranking is the difference of neighbours, which lies in all directions: so mu_i is taken between the two, as the
+    geometric mean of the queries' second moment along axis i and its mean over all axes.
 
     For "cosine" and "ip", <q, z> = <q - c, z> + <c, z>. Keeping <c, z> costs bytes, which the codes then lack, and
     makes mu that of q - c. The expected error decides.
@@ -80,11 +76,9 @@ def learn(
             continue
         moved = metric == "l2" or keeps  # the queries are q - c
         moments = variances if moved else variances + offset.square()
-        if queries is None:
-            moments = (moments * moments.mean()).sqrt()
-        else:
+        if queries is not None:
             moments = _second_moments((queries - centre) if moved else queries, axes)
-            moments = (1.0 - _ALIKE) * moments + _ALIKE * moments.mean()
+        moments = (moments * moments.mean()).sqrt()
         weights = variances * moments
         order = torch.argsort(weights, descending=True, stable=True)
         basis, error = _allotted(weights[order], axes[order], variances[order], budget(keeps))

@@ -1,0 +1,147 @@
+"""An index of learnt axes taken apart by the specification of version 2, in numpy and float64.
+
+Like `index_oracle`, whose levels, bytes and top k it uses, this imports nothing of tqsearch.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from index_oracle import EPS, Pairs, distortion, levels, unit_rows, unpack
+
+
+@dataclass
+class Trained:
+    """The header and the tensors of a file of version 2."""
+
+    header: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def plan(self) -> Pairs:
+        """The bands that have codes."""
+        return tuple((size, width) for size, width in self.header["learnt_plan"] if width)
+
+    @property
+    def widths(self) -> np.ndarray:
+        pairs = self.header["learnt_plan"]
+        return np.repeat([width for _, width in pairs], [size for size, _ in pairs])
+
+    def double(self, name: str) -> np.ndarray:
+        return self.tensors[name].astype(np.float64)
+
+    @property
+    def sigma(self) -> np.ndarray:
+        return self.double("deviations")[self.widths > 0]
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.tensors.get("ids", np.arange(self.header["count"]))
+
+    @property
+    def unit(self) -> float:
+        """What the bias is a part of."""
+        length = np.sqrt((self.double("deviations") ** 2).sum())
+        longest = length if self.header["metric"] == "l2" else max(length, np.linalg.norm(self.double("centre")))
+        return float(length * longest)
+
+    @property
+    def estimates(self) -> np.ndarray:
+        """Unbiased estimates of z = x - c within the axes, (n, dim)."""
+        m = len(self.sigma)
+        widths = np.repeat([width for _, width in self.plan], [size for size, _ in self.plan])
+        codes = np.array([unpack(row.tobytes(), self.plan) for row in self.tensors["packed"]])
+        found = np.stack([levels(int(width), m)[codes[:, i]] for i, width in enumerate(widths)], axis=1)
+        return self.double("scales")[:, None] * (found * self.sigma) @ self.double("axes")
+
+    def residuals(self, vectors: np.ndarray) -> np.ndarray:
+        vectors = vectors.astype(np.float64)
+        return (unit_rows(vectors) if self.header["metric"] == "cosine" else vectors) - self.double("centre")
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """What `estimates` should be of vectors."""
+        y = self.residuals(vectors) @ self.double("axes").T
+        m, column = y.shape[1], 0
+        w = y / self.sigma
+        lengths = np.linalg.norm(w, axis=1, keepdims=True)
+        w = np.sqrt(m) * w / np.where(lengths > 0, lengths, 1)
+        found = np.empty_like(w)
+        for size, width in self.plan:
+            part, table = w[:, column : column + size], levels(width, m)
+            found[:, column : column + size] = table[np.abs(part[:, :, None] - table).argmin(2)]
+            column += size
+        dots = (y * self.sigma * found).sum(1, keepdims=True)
+        scales = np.where(dots > 0, (y**2).sum(1, keepdims=True) / np.where(dots > 0, dots, 1), 0)
+        return scales * (found * self.sigma) @ self.double("axes")
+
+    def similarity(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (q, n), larger is nearer, and how far float32 may lie from them."""
+        queries, c, metric = queries.astype(np.float64), self.double("centre"), self.header["metric"]
+        queries = unit_rows(queries) if metric == "cosine" else queries
+        moved = queries - c if metric == "l2" or self.header["keeps_product"] else queries
+        bias = self.double("bias") * self.unit if "bias" in self.tensors else np.zeros(self.header["count"])
+        products = moved @ self.estimates.T
+        many = (queries.shape[1] + 64) * EPS
+        lengths = np.linalg.norm(moved, axis=1, keepdims=True)
+        slack = many * lengths * np.linalg.norm(self.estimates, axis=1)
+        if metric == "l2":
+            constant = (moved**2).sum(1, keepdims=True)
+            return 2 * products + bias - constant, 2 * slack + many * (np.abs(bias) + constant)
+        constant = (queries @ c)[:, None]
+        more = many * np.linalg.norm(queries, axis=1, keepdims=True) * (1 + np.linalg.norm(c))
+        return products + bias + constant, slack + more + many * np.abs(bias)
+
+    def expected_error(self, variances: np.ndarray, moments: np.ndarray) -> float:
+        """E <q, z - estimate>^2 for independent Gaussian coordinates z_i of these variances, in the axes.
+
+        With a the factor by which the estimates are longer than the codes' means, a coordinate's error has variance
+        v (1 - 2 a (1 - D) + a^2 (1 - D)). Moments are the queries'. Both (dim,), in the order of the deviations.
+        """
+        m = len(self.sigma)
+        # At 8 bits Panter and Dite's formula: next to the other bands' errors it is nothing.
+        known = {8: np.sqrt(3) * np.pi / 2 * 4.0**-8, 0: 1.0}
+        known |= {width: distortion(width, m) for width in {int(w) for w in self.widths} - {0, 8}}
+        d = np.array([known[int(width)] for width in self.widths])
+        kept = self.widths > 0
+        a = np.where(kept, variances[kept].sum() / (variances * (1 - d))[kept].sum(), 0.0)
+        return float((moments * variances * (1 - 2 * a * (1 - d) + a**2 * (1 - d))).sum())
+
+
+def parse_trained(content: bytes) -> Trained:
+    """Takes a file of version 2 apart, and checks every statement of its specification."""
+    (length,) = struct.unpack("<Q", content[:8])
+    container, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    metadata = container.pop("__metadata__")
+    assert metadata["version"] == "2"
+    header = json.loads(metadata["header"])
+    names = ["count", "dim", "keeps_product", "learnt_plan", "metric", "next_id", "plan", "rotation", "seed"]
+    assert list(header) == names
+    digest = hashlib.sha256(metadata["header"].encode())
+    types = {"I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "u1"}
+    tensors, end = {}, 0
+    for name, entry in container.items():
+        first, last = entry["data_offsets"]
+        assert first == end
+        end = last
+        shape = json.dumps(entry["shape"], separators=(",", ":"))
+        digest.update(f"{name} {entry['dtype']} {shape}".encode() + data[first:last])
+        tensors[name] = np.frombuffer(data[first:last], types[entry["dtype"]]).reshape(entry["shape"])
+    assert end == len(data)
+    assert digest.hexdigest() == metadata["sha256"]
+    plan, count, dim = header["learnt_plan"], header["count"], header["dim"]
+    assert sum(size for size, _ in plan) == dim
+    coded = sum(size for size, width in plan if width)
+    row_bytes = sum(-(-size * plane // 8) for size, width in plan for plane in (8, 4, 2, 1) if width & plane)
+    wanted = {"centre": ("<f4", (dim,)), "axes": ("<f4", (coded, dim)), "deviations": ("<f4", (dim,))}
+    if "ids" in tensors:
+        wanted = {"ids": ("<i8", (count,)), **wanted}
+    if count and (header["metric"] == "l2" or header["keeps_product"]):
+        wanted["bias"] = ("<f2", (count,))
+    if count:
+        wanted |= {"scales": ("<f2", (count,)), "packed": ("|u1", (count, row_bytes))}
+    assert {name: (tensor.dtype.str, tensor.shape) for name, tensor in tensors.items()} == wanted
+    assert list(tensors) == list(wanted)
+    return Trained(header, tensors)
