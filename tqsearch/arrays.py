@@ -34,6 +34,14 @@ def as_matrix(
         InvalidInputError: wrong type, shape or dtype, or a value that is not finite in float32 (the first row is
             named).
     """
+    tensor = as_rows(values, dim, name, one=one)
+    tensor = tensor.to(device=device or tensor.device, dtype=torch.float32)
+    check_finite(tensor, name)
+    return tensor
+
+
+def as_rows(values: ArrayLike, dim: int, name: str, *, one: bool = False) -> Tensor:
+    """What `as_matrix` does, but for the device, the dtype and the finiteness of the numbers: nothing is copied."""
     tensor = _as_tensor(values, name)
     if one and tensor.ndim == 1:
         tensor = tensor[None]
@@ -42,17 +50,19 @@ def as_matrix(
         raise InvalidInputError(f"{name} must have shape {wanted}, got {tuple(values.shape)}")
     if tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise InvalidInputError(f"{name} must be real numbers, got dtype {tensor.dtype}; convert them to float32")
-    tensor = tensor.to(device=device or tensor.device, dtype=torch.float32)
-    # One reduction finds a bad value (nan and inf survive sums of magnitudes; an overflow is then looked at row by
-    # row).
-    if not torch.isfinite(tensor.abs().sum(dtype=torch.float64)):
+    return tensor
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Refuses (n, dim) float32 that holds a NaN or an infinity; the message names the first such row."""
+    # One reduction finds a bad value: nan and inf survive a sum in float64, in which float32 cannot overflow.
+    if not torch.isfinite(tensor.sum(dtype=torch.float64)):
         bad = ~torch.isfinite(tensor).all(dim=1)
         row = int(bad.nonzero()[0])
         raise InvalidInputError(
             f"{name} must be finite in float32, got a NaN, an infinity or an overflow in row {row}; "
             f"{int(bad.sum())} such rows of {len(tensor)}"
         )
-    return tensor
 
 
 def as_ids(values: IdsLike, name: str) -> npt.NDArray[np.int64]:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tqsearch.datasets import Dataset
-from tqsearch.datasets.progress import progress
+from tqsearch.progress import progress
 from tqsearch.index import TurboQuantIndex
 from tqsearch.recall import recall
 

@@ -57,27 +57,27 @@ class Estimator:
         dtype = self.bias_dtype
         return self.quantizer.bytes_per_vector + (0 if dtype is None else dtype.itemsize)
 
-    def encode(self, matrix: Tensor) -> Columns:
-        """The columns of checked rows, (n, dim) float32.
+    def encode(self, matrix: Tensor, first: int = 0) -> Columns:
+        """The columns of checked rows, (n, dim) float32, of which the first has the number `first`.
 
         Raises:
             InvalidInputError: a number overflows; the first such row is named.
         """
         rows = self.quantizer.encode_rows(matrix)
         squares = rows.norms * rows.norms if self.metric == "l2" else rows.norms
-        _check(squares, "squared norms" if self.metric == "l2" else "norms", "finite in float32")
+        _check(squares, "squared norms" if self.metric == "l2" else "norms", "finite in float32", first)
         limit = "finite in float32"
         if self.quantizer.basis is not None:
             limit = (
                 "near the sample's, got one far larger; train on a sample that has such vectors, or its centre alone"
             )
-            _check(rows.scales, "norms", limit)
+            _check(rows.scales, "norms", limit, first)
         columns = {"packed": rows.packed, "scales": rows.scales}
         dtype = self.bias_dtype
         if dtype is not None:
             bias = -squares if self.metric == "l2" else rows.centre_products
             bias = (bias.double() / self.unit).to(dtype)
-            _check(bias, "squared norms" if self.metric == "l2" else "products with the centre", limit)
+            _check(bias, "squared norms" if self.metric == "l2" else "products with the centre", limit, first)
             columns["bias"] = bias
         return columns
 
@@ -117,7 +117,7 @@ def bias_dtype(metric: str, keeps_product: bool, *, learnt_axes: bool) -> torch.
     return torch.float16 if metric == "cosine" or learnt_axes else torch.float32
 
 
-def _check(values: Tensor, what: str, limit: str) -> None:
+def _check(values: Tensor, what: str, limit: str, first: int) -> None:
     if not torch.isfinite(values).all():
-        row = int((~torch.isfinite(values)).nonzero()[0])
+        row = first + int((~torch.isfinite(values)).nonzero()[0])
         raise InvalidInputError(f"vectors must have {what} that are {limit}, got an overflow in row {row}")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tqsearch import format as file_format
 from tqsearch import kernels
-from tqsearch.arrays import ArrayLike, IdsLike, as_ids, as_matrix, like
+from tqsearch.arrays import ArrayLike, IdsLike, as_ids, as_matrix, as_rows, like
+from tqsearch.blocks import encode_blocks
 from tqsearch.errors import CorruptFileError, DuplicateIdError, InvalidInputError, UnknownIdError
 from tqsearch.estimator import Estimator
 from tqsearch.ids import IdMap, Ids
@@ -209,13 +210,13 @@ class TurboQuantIndex:
             self.dim, old.plan, self.metric, old.rotation.name, old.seed, old.backend, centre, basis, keeps_product
         )
 
-    def _train_on_first(self, matrix: Tensor) -> None:
+    def _train_on_first(self, vectors: Tensor) -> None:
         """What train="auto" does with the rows of an add, unless the index is trained or holds vectors."""
-        if len(matrix) < AUTO_ROWS or self._estimator is not self._untrained or len(self):
+        if len(vectors) < AUTO_ROWS or self._estimator is not self._untrained or len(self):
             return
-        rows = np.sort(permutation(self.seed, _SAMPLE_STREAM, len(matrix))[:_AUTO_SAMPLE])
-        sample = matrix[torch.from_numpy(rows).to(matrix.device)]
-        trained = self._learnt(_unit(sample) if self.metric == "cosine" else sample, None, axes=True)
+        rows = np.sort(permutation(self.seed, _SAMPLE_STREAM, len(vectors))[:_AUTO_SAMPLE])
+        sample = self._sample(vectors[torch.from_numpy(rows).to(vectors.device)], "vectors")
+        trained = self._learnt(sample, None, axes=True)
         with self._lock.write():
             if not len(self._rows) and self._estimator is self._untrained:
                 self._estimator = trained
@@ -243,22 +244,22 @@ class TurboQuantIndex:
             InvalidInputError: wrong shape or dtype, or a value that is not finite (the first such row is named).
             DuplicateIdError: an id is given twice or is in the index. In every case the index is unchanged.
         """
-        matrix = as_matrix(vectors, self.dim, "vectors", self._device)
-        given = None if ids is None else self._new_ids(ids, len(matrix))
-        if not len(matrix):
+        rows = as_rows(vectors, self.dim, "vectors")
+        given = None if ids is None else self._new_ids(ids, len(rows))
+        if not len(rows):
             return
         if self._auto:
-            self._train_on_first(matrix)
+            self._train_on_first(rows)
         quantizer = self._quantizer
-        columns = self._encode(matrix)
+        columns = self._encode(rows)
         with self._lock.write():
             if self._quantizer is not quantizer:  # another thread has called `train` meanwhile
-                columns = self._encode(matrix)
+                columns = self._encode(rows)
             if given is None:
                 first = self._next_id
-                if first + len(matrix) - 1 > _LARGEST_ID:
+                if first + len(rows) - 1 > _LARGEST_ID:
                     raise InvalidInputError("no ids are left after the largest; give ids explicitly")
-                assigned = first + np.arange(len(matrix), dtype=np.int64)
+                assigned = first + np.arange(len(rows), dtype=np.int64)
             else:
                 assigned = given
                 taken = assigned[self._ids.rows(assigned) >= 0]
@@ -277,8 +278,8 @@ class TurboQuantIndex:
             raise DuplicateIdError(f"ids must be distinct, got {values[counts > 1][0]} more than once")
         return array
 
-    def _encode(self, matrix: Tensor) -> Columns:
-        return self._estimator.encode(matrix)
+    def _encode(self, rows: Tensor) -> Columns:
+        return encode_blocks(rows, self._device, self._estimator.encode)
 
     def _append(self, columns: Columns, ids: Ids) -> None:
         start = len(self._rows)

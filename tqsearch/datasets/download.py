@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from tqsearch.datasets.optional import needs
-from tqsearch.datasets.progress import progress
+from tqsearch.progress import progress
 from tqsearch.datasets.registry import Entry
 from tqsearch.errors import DatasetError
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqsearch.datasets.metric import Metric
-from tqsearch.datasets.progress import progress
+from tqsearch.progress import progress
 
 QUERY_ROWS = 512
 BLOCK_FLOATS = 1 << 22  # of a block of the base, and of its scores, in float32: 16 MiB
