@@ -24,6 +24,46 @@ _SCRATCH = 1 << 28  # bytes
 
 
 @triton.jit
+def _stage(
+    cost,  # (ROWS, 256) float32
+    values_ptr,
+    levels_ptr,  # (subsets, F) float32
+    windows_ptr,  # (512,) int32
+    fallen_ptr,
+    rows,
+    d,
+    start,
+    STEPS: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The costs after the steps of one stage."""
+    state = tl.arange(0, 256)
+    first = tl.load(windows_ptr + state) * F
+    second = tl.load(windows_ptr + 256 + state) * F
+    for t in range(start, start + STEPS):
+        value = tl.load(values_ptr + rows * d + t)[:, None]
+        kept = value - tl.load(levels_ptr + first)[None, :]
+        kept = kept * kept
+        other = value - tl.load(levels_ptr + second)[None, :]
+        other = other * other
+        for f in tl.static_range(1, F):
+            error = value - tl.load(levels_ptr + f + first)[None, :]
+            kept = tl.minimum(kept, error * error)
+            error = value - tl.load(levels_ptr + f + second)[None, :]
+            other = tl.minimum(other, error * error)
+        low, high = tl.split(tl.permute(tl.reshape(cost, (ROWS, 2, 128)), (0, 2, 1)))
+        kept += tl.reshape(tl.join(low, low), (ROWS, 256))
+        other += tl.reshape(tl.join(high, high), (ROWS, 256))
+        bits = (other < kept).to(tl.int32) << (state % 8)[None, :]
+        bits = tl.sum(tl.reshape(bits, (ROWS, 32, 8)), axis=2)
+        into = fallen_ptr + (rows * d + t)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        tl.store(into, bits.to(tl.uint8))
+        cost = tl.minimum(kept, other)
+    return cost
+
+
+@triton.jit
 def viterbi_kernel(
     values_ptr,  # (n, d) float32
     levels_ptr,  # every stage's (subsets, f) float32, one after the other
@@ -32,48 +72,25 @@ def viterbi_kernel(
     paths_ptr,  # (n, d) uint8
     n,
     d,
-    STAGES: tl.constexpr,  # (steps, f, offset of the levels) for each stage
+    STAGES: tl.constexpr,  # (first step, steps, f, offset of the levels) for each stage
     ROWS: tl.constexpr,
 ):
     """The best path of each row, and on the way the bit that fell out before each state of each step."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = tl.minimum(rows, n - 1).to(tl.int64)
-    state = tl.arange(0, 256)
-    cost = tl.where(state == 0, 0.0, float("inf"))[None, :] + tl.zeros((ROWS, 256), tl.float32)
-    value_at = values_ptr + rows * d
-    fallen_at = fallen_ptr + rows * d * 32
+    cost = tl.where(tl.arange(0, 256) == 0, 0.0, float("inf"))[None, :] + tl.zeros((ROWS, 256), tl.float32)
     for s in tl.static_range(len(STAGES)):
-        F: tl.constexpr = STAGES[s][1]
-        first = levels_ptr + STAGES[s][2] + tl.load(windows_ptr + s * 512 + state) * F
-        second = levels_ptr + STAGES[s][2] + tl.load(windows_ptr + s * 512 + 256 + state) * F
-        for _ in range(STAGES[s][0]):
-            value = tl.load(value_at)[:, None]
-            kept = value - tl.load(first)[None, :]
-            kept = kept * kept
-            other = value - tl.load(second)[None, :]
-            other = other * other
-            for f in tl.static_range(1, F):
-                error = value - tl.load(first + f)[None, :]
-                kept = tl.minimum(kept, error * error)
-                error = value - tl.load(second + f)[None, :]
-                other = tl.minimum(other, error * error)
-            low, high = tl.split(tl.permute(tl.reshape(cost, (ROWS, 2, 128)), (0, 2, 1)))
-            kept += tl.reshape(tl.join(low, low), (ROWS, 256))
-            other += tl.reshape(tl.join(high, high), (ROWS, 256))
-            bits = (other < kept).to(tl.int32) << (state % 8)[None, :]
-            bits = tl.sum(tl.reshape(bits, (ROWS, 32, 8)), axis=2)
-            tl.store(fallen_at[:, None] + tl.arange(0, 32)[None, :], bits.to(tl.uint8))
-            cost = tl.minimum(kept, other)
-            value_at += 1
-            fallen_at += 32
+        # fmt: off
+        cost = _stage(
+            cost, values_ptr, levels_ptr + STAGES[s][3], windows_ptr + s * 512, fallen_ptr, rows, d,
+            STAGES[s][0], STAGES[s][1], STAGES[s][2], ROWS)
+        # fmt: on
     tl.debug_barrier()  # what one thread wrote another reads
     last = tl.argmin(cost, axis=1)
-    path_at = paths_ptr + rows * d + d
-    for _ in range(d):
-        path_at -= 1
-        fallen_at -= 32
-        tl.store(path_at, (last & 1).to(tl.uint8))
-        byte = tl.load(fallen_at + (last >> 3)).to(tl.int32)
+    for i in range(d):
+        step = rows * d + (d - 1 - i)
+        tl.store(paths_ptr + step, (last & 1).to(tl.uint8))
+        byte = tl.load(fallen_ptr + step * 32 + (last >> 3)).to(tl.int32)
         last = (last >> 1) | (((byte >> (last & 7)) & 1) << 7)
 
 
@@ -82,9 +99,10 @@ def best_paths(values: Tensor, stages: Sequence[Stage]) -> Tensor:
     count, dim = values.shape
     values = values.contiguous()
     paths = torch.empty((count, dim), dtype=torch.uint8, device=values.device)
-    shapes, offset = [], 0
+    shapes, step, offset = [], 0, 0
     for stage in stages:
-        shapes.append((stage.size, stage.levels.shape[1], offset))
+        shapes.append((step, stage.size, stage.levels.shape[1], offset))
+        step += stage.size
         offset += stage.levels.numel()
     levels = torch.cat([stage.levels.flatten() for stage in stages])
     windows = torch.cat([stage.windows for stage in stages])
