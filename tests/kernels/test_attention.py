@@ -303,7 +303,9 @@ def test_assembly_equals_portable_code(oracle, device, plan, monkeypatch):
 def test_refusals(oracle, device):
     case = Case(oracle, device)
     context = case.context()
-    five = Compressed(context.keys.packed, context.keys.scales, (context.keys.bands[0]._replace(width=5),), torch.eye(32))
+    five = Compressed(
+        context.keys.packed, context.keys.scales, (context.keys.bands[0]._replace(width=5),), torch.eye(32)
+    )
     with pytest.raises(BackendError, match="no kernel for 5 bits; use backend 'auto' or 'reference'"):
         kernels.attention(case.query, context._replace(keys=five), scaling=1.0, backend="triton")
     wide = context.values._replace(rotation=torch.eye(512))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "group", "queries", "row_blocks"])
 def prepare(
     query_ptr,  # (B, Hq, Tq, DK)
     rotation_ptr,  # (SLOTS, DK) float32: the rotation's rows in the order of the slots, zero where there is none
@@ -72,7 +72,7 @@ def prepare(
         tl.store(factors, constant, mask=slot < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "group", "queries", "row_blocks", "runs"])
 def merge(
     parts_ptr,  # (B H row blocks, runs, R, DV) float32; run 0 is dense, the others are rotated
     top_ptr,  # (B H row blocks, runs, R) float32
@@ -88,11 +88,12 @@ def merge(
     R: tl.constexpr,
     DV: tl.constexpr,
     DV2: tl.constexpr,
+    RUNS2: tl.constexpr,
     SOME: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_AUX: tl.constexpr,
 ):
-    """Joins the runs of R rows by their log-sum-exp, SOME at a time, and rotates CHUNK coordinates back."""
+    """Joins the runs of R rows by their log-sum-exp, and rotates CHUNK coordinates back."""
     task = tl.program_id(0)
     pair = task // row_blocks
     batch, head = pair // heads, pair % heads
@@ -105,36 +106,29 @@ def merge(
         mask=(columns < DV)[:, None] & (chunk < DV)[None, :],
         other=0.0,
     )
-    dense = tl.load(
-        parts_ptr + (base * R + slot)[:, None] * DV + chunk[None, :], mask=(chunk < DV)[None, :], other=0.0
-    )
-    first = tl.load(top_ptr + base * R + slot)
-    top = first
+    dense = tl.load(parts_ptr + (base * R + slot)[:, None] * DV + chunk[None, :], mask=(chunk < DV)[None, :], other=0.0)
+    every = tl.arange(0, RUNS2)
+    where = (base + tl.minimum(every, runs - 1))[:, None] * R + slot[None, :]
+    tops = tl.where((every < runs)[:, None], tl.load(top_ptr + where), float("-inf"))
+    top = tl.max(tops, axis=0)
     if HAS_AUX:
         row = tl.minimum((task % row_blocks) * R + slot, group * queries - 1)
         aux = tl.load(s_aux_ptr + head * group + row // queries).to(tl.float32) * 1.4426950408889634
         top = tl.maximum(top, aux)
-    top = tl.where(top == float("-inf"), -1e30, top)
-    total = tl.load(total_ptr + base * R + slot) * tl.exp2(first - top)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.load(total_ptr + where) * tl.exp2(tops - top[None, :]), axis=0)
     if HAS_AUX:
         total += tl.exp2(aux - top)
-    dense *= tl.exp2(first - top)[:, None]
-    rotated = tl.zeros((R, DV2), tl.float32)
+    dense *= tl.exp2(tl.load(top_ptr + base * R + slot) - top)[:, None]
+    # Several runs side by side, summed once at the end: nothing in the loop waits for anything but its loads.
+    sums = tl.zeros((SOME, R, DV2), tl.float32)
     for start in range(1, runs, SOME):
         run = start + tl.arange(0, SOME)
-        there = (run < runs)[:, None]
-        at = (base + tl.where(run < runs, run, 0))[:, None] * R + slot[None, :]
-        tops = tl.load(top_ptr + at)
-        totals = tl.load(total_ptr + at)
-        part = tl.load(parts_ptr + at[:, :, None] * DV + columns[None, None, :], mask=(columns < DV)[None, None, :], other=0.0)
-        tops = tl.where(there, tops, float("-inf"))
-        higher = tl.maximum(top, tl.max(tops, axis=0))
-        old = tl.exp2(top - higher)
-        weight = tl.exp2(tops - higher[None, :])
-        total = total * old + tl.sum(totals * weight, axis=0)
-        rotated = rotated * old[:, None] + tl.sum(part * weight[:, :, None], axis=0)
-        dense *= old[:, None]
-        top = higher
+        at = (base + tl.minimum(run, runs - 1))[:, None] * R + slot[None, :]
+        weight = tl.where((run < runs)[:, None], tl.exp2(tl.load(top_ptr + at) - top[None, :]), 0.0)
+        into = parts_ptr + at[:, :, None] * DV + columns[None, None, :]
+        sums += tl.load(into, mask=(columns < DV)[None, None, :], other=0.0) * weight[:, :, None]
+    rotated = tl.sum(sums, axis=0)
     inverse = tl.where(total > 0.0, 1.0, 0.0) / tl.where(total > 0.0, total, 1.0)
     if R < 16:  # too few rows for a matrix product
         back = tl.sum(rotated[:, :, None] * rotation[None, :, :], axis=1)

@@ -25,7 +25,9 @@ from tqsearch.kernels.decode_triton import COLUMN_DIMS, PARTS, assembly, slot_di
 from tqsearch.plan import planes_of
 
 DEPTH = 32  # the least depth of an int8 matrix product
-BYTES = 2  # the form of a 3-bit band whose columns are the bytes of its 2-bit plane; 1: steps are whole; 0: they are not
+BYTES = (
+    2  # the form of a 3-bit band whose columns are the bytes of its 2-bit plane; 1: steps are whole; 0: they are not
+)
 
 BandKey = tuple[int, int, tuple[int, ...], float, float]  # size, width, steps, step, offset
 

@@ -29,7 +29,9 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _decode_bytes(base, table_ptr, PLANE: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _decode_bytes(
+    base, table_ptr, PLANE: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr, ASSEMBLY: tl.constexpr
+):
     """3 bits by bytes of the 2-bit plane: four parts of (rows, STEP), where `decode` makes eight half as wide.
 
     base: (rows, 1) pointers to the band's rows. Each byte of the 1-bit plane goes with two of the 2-bit plane.
@@ -64,7 +66,7 @@ def _side_by_side(parts, COLUMNS: tl.constexpr):
         wide = ()
         for i in tl.static_range(len(parts) // 2):
             pair = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (0, 2, 1))
-            wide = wide + (tl.reshape(pair, (rows, 2 * COLUMNS)),)
+            wide += (tl.reshape(pair, (rows, 2 * COLUMNS)),)
         return _side_by_side(wide, 2 * COLUMNS)
 
 
@@ -103,7 +105,7 @@ def _split_groups(value, GROUPS: tl.constexpr):
         odds = _split_groups(odd, GROUPS // 2)
         out = ()
         for i in tl.static_range(GROUPS // 2):
-            out = out + (evens[i], odds[i])
+            out += (evens[i], odds[i])
         return out
 
 
@@ -301,7 +303,13 @@ def _dense_run(
     return top, total, out
 
 
-@triton.jit
+# What grows with the context must not have variants of the kernel compiled for its divisors.
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "group", "queries", "row_blocks", "compressed", "sinks", "recents", "splits", "blocks_a_split"),
+        *("first_block", "window", "mask_b", "mask_t"),
+    ]
+)
 def split_kernel(
     query_ptr,  # (B, Hq, Tq, DK)
     digits_ptr,  # (B H row blocks, 2 R, SLOTS) int8
@@ -439,7 +447,7 @@ def split_kernel(
         mass = tl.zeros((BLOCK, R), tl.float32)
         outs = ()
         for b in tl.static_range(len(VALUE_BANDS)):
-            outs = outs + (_zeros(VALUE_ROWS[b], R),)
+            outs += (_zeros(VALUE_ROWS[b], R),)
         begin = first_block + split * blocks_a_split
         end = tl.minimum(begin + blocks_a_split, compressed // BLOCK)
         # Scales are few bytes, loaded a block ahead: the software pipeline leaves them out.
@@ -495,7 +503,7 @@ def split_kernel(
                     VALUE_BANDS[b][3], VALUE_BANDS[b][4], VALUE_BANDS[b][6], VALUE_ROWS[b], VALUE_BANDS[b][7],
                     tl.constexpr(VALUE_ASSEMBLIES[b]), BLOCK)
                 # fmt: on
-                fresh = fresh + (outs[b] * old[None, :] + _digits(products) * new[None, :],)
+                fresh += (outs[b] * old[None, :] + _digits(products) * new[None, :],)
             outs = fresh
             top = higher
         whole = tl.sum(mass, axis=0)
@@ -519,9 +527,10 @@ def _splits(programs: int, blocks: int, device: torch.device) -> int:
     return max(1, -(-blocks // wanted))
 
 
-_PROGRAMS = 8  # programs a multiprocessor to aim at
+_PROGRAMS = 4  # programs a multiprocessor to aim at
 _CHUNK = 32  # slots a program prepares; divides those of a band
-_WARPS, _STAGES = 4, 2
+_WARPS, _STAGES = 4, 3
+_REGISTERS: int | None = None
 
 
 def _power(value: int, least: int = 16) -> int:
@@ -654,13 +663,13 @@ def attention(
         DK2=_power(key_dim),
         DV2=_power(value_dim),
         MASK=0 if mask is None else (1 if mask.dtype == torch.uint8 else 2),
-        CAUSAL=sliding_window is not None
-        or (mask is None and sinks.keys.shape[2] + compressed > first_place + 1),
+        CAUSAL=sliding_window is not None or (mask is None and sinks.keys.shape[2] + compressed > first_place + 1),
         CAUSAL_DENSE=sliding_window is not None or mask is None,
         SOFTCAP=softcap is not None,
         ASSEMBLED=assembled,
         num_warps=_WARPS,
         num_stages=_STAGES,
+        maxnreg=_REGISTERS,
     )
     chunk = 32 if rows < 16 else 64
     merge[(tasks, -(-value_dim // chunk))](
@@ -678,10 +687,11 @@ def attention(
         R=rows,
         DV=value_dim,
         DV2=_power(value_dim),
+        RUNS2=triton.next_power_of_2(max(splits + 1, 16)),
         SOME=max(1, 8192 // (rows * _power(value_dim))),
         CHUNK=chunk,
         HAS_AUX=s_aux is not None,
-        num_warps=8 if splits > 8 else 4,
+        num_warps=8,
     )
     return out
 
