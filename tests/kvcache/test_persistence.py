@@ -107,7 +107,10 @@ def test_the_file_is_what_its_specification_says(tmp_path):
     assert metadata.keys() == {"format", "version", "header", "sha256"}
     assert (metadata["format"], metadata["version"]) == ("tqsearch-kvcache", "1")
     header = json.loads(metadata["header"])
-    assert {key: header[key] for key in ("residual_length", "sink_length", "block_length", "seed")} == {
+    assert {
+        key: header[key] for key in ("residual_length", "sink_length", "block_length", "seed", "outlier_channels")
+    } == {
+        "outlier_channels": 0,
         "residual_length": 8,
         "sink_length": 4,
         "block_length": 8,

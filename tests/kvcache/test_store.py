@@ -5,7 +5,8 @@ import pytest
 import torch
 from kv_oracle import dequantize, inverse_rotation, pairs_of
 
-from tqsearch.kvcache.store import KeyCodec, ValueCodec, key_codec, value_codec
+from tqsearch.kvcache.outliers import key_codec
+from tqsearch.kvcache.store import KeyCodec, ValueCodec, value_codec
 from tqsearch.plan import BitPlan
 
 PLANES = {width: [plane for plane in (8, 4, 2, 1) if width & plane] for width in range(9)}
@@ -69,7 +70,7 @@ def test_codes_scales_and_estimates(oracle, kind, dim, bits):
     states = states_of(dim, 2, 2, 2 * block, dim)
     offset = torch.randn((2, dim)) if kind is KeyCodec else None
     codec = kind(dim, bits, block, seed, "auto")
-    compressed = codec.encode(states, offset)
+    compressed = codec.encode(states, **({} if offset is None else {"offset": offset}))
     pairs = pairs_of(bits, dim)
     rest = (states if offset is None else states - offset[:, None]).reshape(-1, dim).double().numpy()
 

@@ -40,7 +40,7 @@ class TurboQuantCache(DynamicCache):
         residual_length: how many recent tokens stay uncompressed at least; up to a block more do.
         sink_length: how many first tokens stay uncompressed.
         protect_layers: how many of the first, and of the last, attention layers get 8 bits.
-        outlier_channels: how many channels of each key head get 8 bits.
+        outlier_channels: how many channels of each key head, those of largest variance, get 8 bits; see `outliers`.
         block_length: tokens compressed at a time, a multiple of 8.
         seed: of the rotations.
         backend: see `tqsearch.kernels.select`.
@@ -76,8 +76,6 @@ class TurboQuantCache(DynamicCache):
                 bits if value_bits is None else value_bits,
                 _count(protect_layers, "protect_layers"),
             )
-        if outlier_channels:
-            raise InvalidInputError("outlier_channels must be 0")
         if _count(block_length, "block_length") % 8 or not block_length:
             raise InvalidInputError(f"block_length must be a positive multiple of 8, got {block_length}")
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
@@ -91,6 +89,7 @@ class TurboQuantCache(DynamicCache):
             int(block_length),
             int(seed),
             backend,
+            _count(outlier_channels, "outlier_channels"),
             _latent(config),
         )
         chosen = [index for index, layer in enumerate(self.layers) if type(layer) in _COMPRESSIBLE]

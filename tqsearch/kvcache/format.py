@@ -6,15 +6,16 @@ A file is a safetensors container. Its metadata are strings:
 ========== ==========================================================================================================
 `format`   "tqsearch-kvcache"
 `version`  "1": the version of this specification; a reader refuses a larger one
-`header`   JSON, keys sorted: `residual_length`, `sink_length`, `block_length`, `seed`, and `layers`, one entry a layer
-           of the model: `kind` (the class of its cache); of a compressed layer `bits` (of keys and of values: a number,
-           [[size, width], ...] of a plan, or null); `state`, the layer's other attributes
+`header`   JSON, keys sorted: `residual_length`, `sink_length`, `block_length`, `seed`, `outlier_channels`, and
+           `layers`, one entry a layer of the model: `kind` (the class of its cache); of a compressed layer `bits` (of
+           keys and of values: a number, [[size, width], ...] of a plan, or null); `state`, the layer's other attributes
 `sha256`   of the text of `header`, then for each tensor in the order of the names the text "name dtype [shape]" and
            its bytes, where dtype is torch's name and the shape JSON without spaces
 ========== ==========================================================================================================
 
 A compressed layer n has the tensors `n.keys.sinks`, `n.keys.recent` and, if tokens are compressed, `n.keys.packed`,
-`n.keys.scales`, `n.keys.offset`, and the same of `values` but the offset: see `store`. An attribute of a layer in
+`n.keys.scales`, `n.keys.offset` and, with outlier channels, `n.keys.order` and `n.keys.gain`, and the first four of
+`values`: see `store`. An attribute of a layer in
 `state` is [kind, content]: ["value", a JSON value], ["tensor", its name], ["dtype", torch's name], ["device", null] or
 ["dict", [[key, attribute], ...]].
 

@@ -64,12 +64,14 @@ class History:
         """The same without the graph of automatic differentiation."""
         return replace(self, sinks=self.sinks.detach(), recent=self.recent.detach())
 
-    def compress(self, residual_length: int, *, centred: bool) -> History:
+    @torch.no_grad()
+    def compress(self, residual_length: int) -> History:
         """With the older recent tokens in compressed blocks, once `residual_length` + a block have gathered.
+
+        The first compression estimates the codec's constants from all recent tokens; later ones keep them.
 
         Args:
             residual_length: how many tokens stay recent at least.
-            centred: whether the first compression estimates an offset, the mean of all recent tokens.
         """
         if self.codec is None:
             return self
@@ -79,11 +81,11 @@ class History:
             return self
         old = self.recent[:, :, :count]
         recent = self.recent[:, :, count:].clone(memory_format=torch.contiguous_format)
-        if self.compressed is not None:
-            fresh = self.codec.encode(old, self.compressed.offset)
-            return replace(self, compressed=self.compressed.cat(fresh), recent=recent)
-        fresh = self.codec.encode(old, _mean(self.recent) if centred else None)
-        return replace(self, compressed=fresh, recent=recent)
+        if self.compressed is None:
+            compressed = self.codec.encode(old, **self.codec.estimate(self.recent))
+        else:
+            compressed = self.compressed.cat(self.codec.encode(old, **self.compressed.constants()))
+        return replace(self, compressed=compressed, recent=recent)
 
     def decode(self) -> Tensor:
         """All tokens, (B, H, T, D) in the model's dtype."""
@@ -135,12 +137,3 @@ class History:
 
 def _prefix(states: Tensor, length: int) -> Tensor:
     return states[:, :, :length].clone(memory_format=torch.contiguous_format)
-
-
-@torch.no_grad()
-def _mean(states: Tensor) -> Tensor:
-    """The mean over batch and tokens, (H, D) float32; states that are not finite count as none."""
-    working = states.float()
-    finite = working.isfinite().all(dim=3, keepdim=True)
-    total = torch.where(finite, working, 0.0).sum(dim=(0, 2), dtype=torch.float64)
-    return (total / finite.sum(dim=(0, 2)).clamp(min=1)).float()

@@ -11,8 +11,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tqsearch.errors import InvalidInputError
 from tqsearch.kvcache.history import History
+from tqsearch.kvcache.outliers import key_codec
 from tqsearch.kvcache.policy import LayerBits
-from tqsearch.kvcache.store import key_codec, value_codec
+from tqsearch.kvcache.store import value_codec
 
 # Before 5.18 a positive argument of `crop` was the length to keep.
 LEGACY_CROP = hasattr(DynamicCache, "get_max_cache_shape")
@@ -32,6 +33,7 @@ class LayerSettings:
     block_length: int
     seed: int
     backend: str
+    outlier_channels: int = 0
     latent: tuple[int, int] | None = None
 
 
@@ -73,7 +75,9 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if settings.latent is not None:
             key_bits, value_bits = _latent_bits(settings, key_states, value_states)
         common = settings.block_length, settings.seed, settings.backend
-        keys = None if key_bits is None else key_codec(key_states.shape[3], key_bits, *common)
+        keys = (
+            None if key_bits is None else key_codec(key_states.shape[3], key_bits, *common, settings.outlier_channels)
+        )
         values = None if value_bits is None else value_codec(value_states.shape[3], value_bits, *common)
         self.past = History.empty(key_states, keys), History.empty(value_states, values)
         self.is_initialized = True
@@ -100,7 +104,7 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         # Nothing of this call is compressed yet, and without a past the states themselves are all there is.
         returned = (whole[0].decode(), whole[1].decode()) if len(past[0]) else (key_states, value_states)
         residual, (keys, values) = self.settings.residual_length, (history.detached() for history in whole)
-        self.past = keys.compress(residual, centred=True), values.compress(residual, centred=False)
+        self.past = keys.compress(residual), values.compress(residual)
         return returned
 
     def _matching(self, states: Tensor) -> tuple[History, History]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Attributes that layers get at their first update, and a fresh one lacks.
 _LATE = {"dtype", "device"}
-_OPTIONS = ("residual_length", "sink_length", "block_length", "seed")
+_OPTIONS = ("residual_length", "sink_length", "block_length", "seed", "outlier_channels")
 
 
 def save(cache: TurboQuantCache, path: str | os.PathLike[str]) -> None:
@@ -103,7 +103,8 @@ def _restore(path: Any, layer: TurboQuantLayer, keys: dict[str, Tensor], values:
     for history, parts in zip(layer.past, (keys, values), strict=True):
         compressed = None
         if "packed" in parts:
-            compressed = CompressedStates(parts["packed"], parts["scales"], parts.get("offset"))
+            names = ("packed", "scales", "offset", "order", "gain")
+            compressed = CompressedStates(**{name: parts[name] for name in names if name in parts})
             _check(path, history, compressed)
         past.append(History(parts["sinks"], compressed, parts["recent"], history.codec))
     layer.past = past[0], past[1]

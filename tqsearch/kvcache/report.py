@@ -19,6 +19,8 @@ PARTS = {
     "keys.packed": "key codes",
     "keys.scales": "key scales",
     "keys.offset": "key offset",
+    "keys.order": "key offset",
+    "keys.gain": "key offset",
     "values.packed": "value codes",
     "values.scales": "value scales",
     "keys.sinks": "sinks",
@@ -146,7 +148,7 @@ def _layer(index: int, layer: Any, seen: set[int]) -> LayerReport:
             size = _size([tensor], seen)
             part = PARTS[f"{side}.{name}"]
             parts[part] = parts.get(part, 0) + size
-            compressed += size if name in ("packed", "scales", "offset") else 0
+            compressed += size if name not in ("sinks", "recent") else 0
     other = _size(reachable({name: value for name, value in vars(layer).items() if name != "past"}), seen)
     if other:
         parts[OTHER] = other

@@ -16,6 +16,8 @@ values `packed`  (B, H, C / block, D bytes) uint8   a block's codes, each coordi
                                                     coordinates in order
 `scales`         (B, H, C) float16                  s; float32 for the whole tensor where float16 cannot hold them
 keys `offset`    (H, D) float32                     the same for all tokens of a layer
+keys `order`     (H, D) int16                       with outlier channels only: see `outliers`
+keys `gain`      (H, D) float32                     with outlier channels only: see `outliers`
 ================ ================================== ==================================================================
 
 Values lie along the tokens so that a decoded tile is already transposed for probabilities times values.
@@ -53,11 +55,15 @@ class CompressedStates:
         packed: the codes, uint8.
         scales: (B, H, C) float16 or float32.
         offset: (H, D) float32 of keys; None for values.
+        order: (H, D) int16 of keys with outlier channels, else None.
+        gain: (H, D) float32 of keys with outlier channels, else None.
     """
 
     packed: Tensor
     scales: Tensor
     offset: Tensor | None = None
+    order: Tensor | None = None
+    gain: Tensor | None = None
 
     def __len__(self) -> int:
         """C, the number of compressed tokens."""
@@ -65,23 +71,27 @@ class CompressedStates:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
-        parts = {"packed": self.packed, "scales": self.scales, "offset": self.offset}
+        return {"packed": self.packed, "scales": self.scales, **self.constants()}
+
+    def constants(self) -> dict[str, Tensor]:
+        """What was estimated once for all tokens, by name; `StateCodec.encode` takes it."""
+        parts = {"offset": self.offset, "order": self.order, "gain": self.gain}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     def cat(self, later: CompressedStates) -> CompressedStates:
-        """These tokens, then the later ones, which were encoded with this offset."""
+        """These tokens, then the later ones, which were encoded with the same constants."""
         if self.scales.dtype != later.scales.dtype:
             both = [part.scales.float() for part in (self, later)]
         else:
             both = [self.scales, later.scales]
         packed = torch.cat([self.packed, later.packed], dim=2)
-        return CompressedStates(packed, torch.cat(both, dim=2), self.offset)
+        return replace(self, packed=packed, scales=torch.cat(both, dim=2))
 
     def tokens(self, start: int, stop: int) -> CompressedStates:
         """Views of the tokens from `start` to `stop`, both multiples of `block_length`."""
         rows = self.packed.shape[2], len(self)
         first, last = (token * rows[0] // rows[1] for token in (start, stop))
-        return CompressedStates(self.packed[:, :, first:last], self.scales[:, :, start:stop], self.offset)
+        return replace(self, packed=self.packed[:, :, first:last], scales=self.scales[:, :, start:stop])
 
     def copied(self) -> CompressedStates:
         """The same in storages of their own, no larger than needed."""
@@ -110,7 +120,7 @@ class StateCodec:
     """
 
     def __init__(self, dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str) -> None:
-        self.quantizer = TurboQuantizer(dim, bits, seed=seed, backend=backend)
+        self.quantizer = TurboQuantizer(dim, bits, seed=seed, scale_dtype=torch.float32, backend=backend)
         self.dim, self.block_length, self.backend = dim, block_length, backend
         self.plan = self.quantizer.plan
 
@@ -121,6 +131,14 @@ class StateCodec:
         """The shape of `packed` for `length` tokens."""
         raise NotImplementedError
 
+    def tables(self, device: torch.device) -> tuple[BandTable, ...]:
+        """The bands' tables, with the levels that are decoded."""
+        return self.quantizer.tables(device)
+
+    def scales(self, encoded: kernels.Encoded) -> Tensor:
+        """What the levels of each row are multiplied by, float32."""
+        return self.quantizer.unbiased_scales(encoded.norms, encoded.dots)
+
     def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
         """Rows of codes, (B H C, row bytes), to the storage; `blocks` is (B, H, C / block_length)."""
         raise NotImplementedError
@@ -129,22 +147,32 @@ class StateCodec:
         """The levels of packed codes: (tokens of all heads, D) float32, a head's tokens together."""
         raise NotImplementedError
 
+    def estimate(self, states: Tensor) -> dict[str, Tensor]:
+        """The constants that suit states (B, H, T, D), by name: none for values."""
+        return {}
+
+    def forth(self, states: Tensor, constants: dict[str, Tensor]) -> Tensor:
+        """States (B, H, C, D) float32 to what is coded."""
+        return states
+
+    def back(self, states: Tensor, constants: dict[str, Tensor]) -> Tensor:
+        """The inverse of `forth`."""
+        return states
+
     @torch.no_grad()
-    def encode(self, states: Tensor, offset: Tensor | None = None) -> CompressedStates:
+    def encode(self, states: Tensor, **constants: Tensor) -> CompressedStates:
         """Codes of whole blocks.
 
         Args:
             states: (B, H, C, D), any floating dtype, C a multiple of `block_length`.
-            offset: (H, D) float32 to be taken off, or None.
+            **constants: as `estimate` gives them.
         """
         batch, heads, length, _ = states.shape
-        working = states.float()
-        if offset is not None:
-            working = working - offset[:, None]
-        encoded = self.quantizer.encode_levels(working.reshape(-1, self.dim))
-        scales = self.quantizer.unbiased_scales(encoded.norms, encoded.dots).view(batch, heads, length)
+        coded = self.forth(states.float(), constants)
+        encoded = self.quantizer.encode_levels(coded.reshape(-1, self.dim))
+        scales = self.scales(encoded).view(batch, heads, length)
         packed = self.pack(encoded.packed, (batch, heads, length // self.block_length))
-        return CompressedStates(packed, scales.to(_scale_dtype(scales)), offset)
+        return CompressedStates(packed, scales.to(_scale_dtype(scales)), **constants)
 
     @torch.no_grad()
     def decode(self, compressed: CompressedStates, out: Tensor) -> None:
@@ -158,9 +186,7 @@ class StateCodec:
             piece = compressed.tokens(start, stop)
             rows = self.levels(piece.packed) * piece.scales.float().reshape(-1, 1)
             states = self.quantizer.rotation.invert(rows).view(*piece.scales.shape, self.dim)
-            if piece.offset is not None:
-                states = states + piece.offset[:, None]
-            out[:, :, start:stop] = states
+            out[:, :, start:stop] = self.back(states, piece.constants())
 
     def _pieces(self, compressed: CompressedStates) -> Iterator[tuple[int, int]]:
         length, heads = len(compressed), compressed.scales.shape[0] * compressed.scales.shape[1]
@@ -170,7 +196,22 @@ class StateCodec:
 
 
 class KeyCodec(StateCodec):
-    """Keys: each token's codes lie together, along D."""
+    """Keys: each token's codes lie together, along D, and a constant is taken off."""
+
+    def estimate(self, states: Tensor) -> dict[str, Tensor]:
+        """The offset of keys (B, H, T, D): their mean over batch and tokens; keys that are not finite count as none."""
+        working = states.float()
+        finite = working.isfinite().all(dim=3, keepdim=True)
+        total = torch.where(finite, working, 0.0).sum(dim=(0, 2), dtype=torch.float64)
+        return {"offset": (total / finite.sum(dim=(0, 2)).clamp(min=1)).float()}
+
+    def forth(self, states: Tensor, constants: dict[str, Tensor]) -> Tensor:
+        """Takes the offset off, if there is one."""
+        return states - constants["offset"][:, None] if "offset" in constants else states
+
+    def back(self, states: Tensor, constants: dict[str, Tensor]) -> Tensor:
+        """Adds the offset, if there is one."""
+        return states + constants["offset"][:, None] if "offset" in constants else states
 
     def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
         """(B, H, C, row bytes)."""
@@ -184,7 +225,7 @@ class KeyCodec(StateCodec):
     def levels(self, packed: Tensor) -> Tensor:
         """(B, H, C, row bytes) to (B H C, D) float32."""
         rows = packed.reshape(-1, packed.shape[3])
-        return kernels.reconstruct(rows, _ones(rows), self.quantizer.tables(packed.device), backend=self.backend)
+        return kernels.reconstruct(rows, _ones(rows), self.tables(packed.device), backend=self.backend)
 
 
 class ValueCodec(StateCodec):
@@ -210,19 +251,13 @@ class ValueCodec(StateCodec):
         """(B, H, C / block, D bytes) to (B H C, D) float32."""
         blocks = packed.reshape(-1, packed.shape[3])
         parts, byte = [], 0
-        for table in self.quantizer.tables(packed.device):
+        for table in self.tables(packed.device):
             along: BandTable = table._replace(size=self.block_length)
             columns = blocks[:, byte : byte + table.size * along.nbytes].reshape(-1, along.nbytes)
             levels = kernels.reconstruct(columns, _ones(columns), (along,), backend=self.backend)
             parts.append(levels.view(len(blocks), table.size, self.block_length))
             byte += table.size * along.nbytes
         return torch.cat(parts, dim=1).transpose(1, 2).reshape(-1, self.dim)
-
-
-@lru_cache(maxsize=256)
-def key_codec(dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str) -> KeyCodec:
-    """The one codec of keys with these arguments: layers and caches share its tables."""
-    return KeyCodec(dim, bits, block_length, seed, backend)
 
 
 @lru_cache(maxsize=256)
