@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -131,6 +132,17 @@ def test_queries_are_those_of_the_projection() -> None:
     assert torch.equal(model(read).logits, before)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_queries_are_seen_whatever_the_attention(implementation: str) -> None:
+    model = llama()
+    model.set_attn_implementation(implementation)
+    found = diagnose(model, tokens(40))
+    assert model.config._attn_implementation == implementation
+    expected = diagnose(llama(), tokens(40))
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert one.query_norm == pytest.approx(other.query_norm, rel=1e-5)
+
+
 def test_a_large_key_bias_is_an_offset_and_no_noise() -> None:
     model = llama(attention_bias=True)
     plain = diagnose(model, tokens(200)).layers[1]
@@ -157,6 +169,9 @@ def test_arguments_are_checked() -> None:
             T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
             tokens(40),
         )
+    latent = DeepseekV3Config(vocab_size=97, hidden_size=32, num_hidden_layers=0, n_routed_experts=8)
+    with pytest.raises(InvalidInputError, match="latent attention"):
+        diagnose(AutoModelForCausalLM.from_config(latent), tokens(40))
     with pytest.raises(InvalidInputError, match="noise must be"):
         recommend(Diagnosis((layer(),), {}, 100, 2), 0.0)
 

@@ -15,6 +15,7 @@ mu_h their mean, and queries q:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -31,6 +32,8 @@ from tqsearch.errors import InvalidInputError
 from tqsearch.plan import BitPlan
 
 RECORDER = "tqsearch_diagnose"
+EAGER = "eager"
+COMPRESSIBLE = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # by `TurboQuantCache`
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def diagnose(model: PreTrainedModel, tokens: Tensor) -> Diagnosis:
         raise InvalidInputError(f"tokens must have shape (1, n) with n >= 16, got {tuple(tokens.shape)}")
     if model.config.is_encoder_decoder:
         raise InvalidInputError("kv-diagnose reads decoders; this model has an encoder")
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None:
+        raise InvalidInputError("kv-diagnose does not know multi-head latent attention, whose cache holds no keys")
     cache = DynamicCache(config=model.config)
     queries: dict[int, float] = {}
     with recorded_queries(model, queries):
@@ -115,7 +120,7 @@ def diagnose(model: PreTrainedModel, tokens: Tensor) -> Diagnosis:
     layer: Any
     for number, layer in enumerate(cache.layers):
         kind = type(layer)
-        if kind is not DynamicLayer:
+        if kind not in COMPRESSIBLE:
             left_alone[number] = f"its cache, {kind.__name__}, is not that of full attention"
         elif not layer.is_initialized:
             left_alone[number] = "the model puts nothing into its cache"
@@ -164,15 +169,17 @@ def recorded_queries(model: PreTrainedModel, norms: dict[int, float]) -> Iterato
     Nothing is recorded of a model whose attention does not go through the library's interface.
     """
     before = model.config._attn_implementation
-    if not type(model)._supports_attention_backend or before not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+    if not type(model)._supports_attention_backend or before not in (EAGER, *ALL_ATTENTION_FUNCTIONS.valid_keys()):
         yield
         return
-    function = ALL_ATTENTION_FUNCTIONS[before]
 
     def record(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *rest: Any, **options: Any) -> Any:
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
         norm = query.double().square().sum(dim=-1).mean().sqrt()
         norms[int(module.layer_idx)] = float(scaling) * float(norm)
+        # The eager function is no entry of the interface: each model's own file defines it under this name.
+        own = sys.modules[type(module).__module__]
+        function: Any = own.eager_attention_forward if before == EAGER else ALL_ATTENTION_FUNCTIONS[before]
         return function(module, query, key, value, mask, *rest, **options)
 
     AttentionInterface.register(RECORDER, record)
