@@ -29,6 +29,7 @@ from tqsearch.plan import planes_of
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TILE = 128  # rows a program scores, and of which it keeps one maximum
+_BEST_K = 32  # the largest k whose best candidates one program picks
 
 
 class Config(NamedTuple):
@@ -253,6 +254,28 @@ def rescore_kernel(
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), score)
 
 
+@triton.jit
+def best_kernel(
+    candidates_ptr,  # (q, k, TILE) float32
+    tiles_ptr,  # (q, k) int64, the candidates' tiles
+    scores_ptr,  # (q, k) float32
+    rows_ptr,  # (q, k) int64
+    k,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The k best candidates of one query, one after the other: a launch in place of a sort and six small ones."""
+    query = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    scores = tl.load(candidates_ptr + query * k * TILE + place, mask=place < k * TILE, other=float("-inf"))
+    for i in range(k):
+        best, at = tl.max(scores, axis=0, return_indices=True)
+        row = tl.load(tiles_ptr + query * k + at // TILE) * TILE + at % TILE
+        tl.store(scores_ptr + query * k + i, best)
+        tl.store(rows_ptr + query * k + i, tl.where(best > float("-inf"), row, -1))
+        scores = tl.where(place == at, float("-inf"), scores)
+
+
 class Layout(NamedTuple):
     """How bands are cut into columns and slots.
 
@@ -425,15 +448,14 @@ class Scanner:
         self.queries = _arrange(queries, self.layout, exact)
 
     def _shared(self, queries: slice, rows: slice) -> tuple[tuple[object, ...], dict[str, object]]:
+        columns: tuple[Tensor | None, ...] = (self.packed, self.scales, self.bias, self.mask)
+        parts = tuple(self.queries)
+        if rows != slice(0, len(self.packed)):  # views are not free: a search by few queries is bound by the host
+            columns = tuple(None if column is None else column[rows] for column in columns)
+        if queries != slice(0, len(parts[0])):
+            parts = tuple(part[queries] for part in parts)
         none = self.layout.tables
-        arguments = (
-            self.packed[rows],
-            self.scales[rows],
-            none if self.bias is None else self.bias[rows],
-            none if self.mask is None else self.mask[rows],
-            *(part[queries] for part in self.queries),
-            self.layout.tables,
-        )
+        arguments = (*(none if column is None else column for column in columns), *parts, none)
         constants = {
             "SLOTS": self.queries.values.shape[1],
             "BANDS": self.layout.bands,
@@ -502,7 +524,7 @@ def scan(
     else:
         parts = [_top_of_tiles(scanner, part, k, floats) for part in _split(count, max(1, floats // tiles))]
     scores, rows = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
-    return scores, rows.masked_fill(scores == -math.inf, -1)
+    return scores, rows
 
 
 def _numbers_held(packed: Tensor) -> int:
@@ -527,7 +549,7 @@ def _top_of_scores(scanner: Scanner, queries: slice, k: int, floats: int) -> tup
         found = (scores, rows + part.start)
         best = found if best is None else merge_top_k(*best, *found, k)
     assert best is not None
-    return best
+    return best[0], best[1].masked_fill(best[0] == -math.inf, -1)
 
 
 def _top_of_tiles(scanner: Scanner, queries: slice, k: int, floats: int) -> tuple[Tensor, Tensor]:
@@ -537,7 +559,24 @@ def _top_of_tiles(scanner: Scanner, queries: slice, k: int, floats: int) -> tupl
     for part in _split(len(chosen), max(1, floats // (k * TILE))):
         tiles = chosen[part]
         candidates = scanner.rescore(slice(queries.start + part.start, queries.start + part.stop), tiles)
-        top, place = torch.topk(candidates, k, dim=1)
+        top, row = _best(candidates, tiles) if k <= _BEST_K else _sorted(candidates, tiles)
         scores.append(top)
-        rows.append(tiles.gather(1, place // TILE) * TILE + place % TILE)
+        rows.append(row)
     return (scores[0], rows[0]) if len(rows) == 1 else (torch.cat(scores), torch.cat(rows))
+
+
+def _best(candidates: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """The top k of candidates (q, k * TILE) of tiles (q, k), k at most _BEST_K: scores and rows, -1 where -inf."""
+    count, k = tiles.shape
+    scores = torch.empty((count, k), dtype=torch.float32, device=tiles.device)
+    rows = torch.empty_like(tiles)
+    block = triton.next_power_of_2(k * TILE)
+    best_kernel[(count,)](candidates, tiles, scores, rows, k, TILE=TILE, BLOCK=block, num_warps=min(8, block // 256))
+    return scores, rows
+
+
+def _sorted(candidates: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """`_best` for any k."""
+    scores, place = torch.topk(candidates, tiles.shape[1], dim=1)
+    rows = tiles.gather(1, place // TILE) * TILE + place % TILE
+    return scores, rows.masked_fill(scores == -math.inf, -1)
