@@ -136,4 +136,4 @@ def test_random_interleavings(oracle):
     Machine.oracle = oracle
     # No shrinking: each example runs a second, and the steps printed are few.
     phases = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)]
-    run_state_machine_as_test(Machine, settings=settings(max_examples=60, stateful_step_count=12, phases=phases))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=100, stateful_step_count=14, phases=phases))

@@ -9,6 +9,7 @@ import families
 import pytest
 import torch
 from kv_oracle import Shape, fake_cache
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from tqsearch.errors import InvalidInputError
@@ -132,6 +133,9 @@ def test_compress_is_used_by_every_later_generate_and_undone(monkeypatch):
     assert not torch.equal(first, dense)  # one bit tells
     assert (one, len({id(cache) for cache in seen})) == (1, 2)
     assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False, use_cache=False), dense)
+    without = GenerationConfig(max_new_tokens=30, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(ids, without), dense)
+    assert torch.equal(model.generate(ids, generation_config=without), dense)
     assert torch.equal(
         model.generate(ids, max_new_tokens=30, do_sample=False, past_key_values=DynamicCache(config=model.config)),
         dense,

@@ -165,17 +165,24 @@ def test_scales_that_float16_cannot_hold_are_float32(size):
         assert ((decoded - wanted).norm(dim=3) < 0.02 * wanted.norm(dim=3)).all()
 
 
-def test_decoding_in_pieces_equals_decoding_at_once(monkeypatch):
+def test_work_in_pieces_equals_work_at_once(monkeypatch):
     states = states_of(4, 2, 2, 64, 64)
+    states[:, :, 40:] *= 1e7  # the last pieces' scales are float32
     for codec in (key_codec, value_codec):
         coder = codec(64, 3.5, 8, 0, "auto")
-        compressed = coder.encode(states)
-        whole, pieces = torch.empty_like(states), torch.full_like(states, torch.nan)
-        coder.decode(compressed, whole)
-        monkeypatch.setattr("tqsearch.kvcache.store.DECODE_PIECE", 2 * 2 * 64 * 24)
-        coder.decode(compressed, pieces)
-        monkeypatch.undo()
-        assert torch.equal(whole, pieces)
+        results = []
+        for size in (1 << 30, 2 * 2 * 64 * 24):
+            monkeypatch.setattr("tqsearch.kvcache.store.PIECE", size)
+            constants = coder.estimate(states)
+            compressed = coder.encode(states, **constants)
+            decoded = torch.full_like(states, torch.nan)
+            coder.decode(compressed, decoded)
+            results.append((*constants.values(), compressed.packed, decoded))
+        assert compressed.scales.dtype == torch.float32
+        for whole, pieces in zip(*results, strict=True):
+            if whole.dtype == torch.uint8:
+                assert torch.equal(whole, pieces)
+            torch.testing.assert_close(whole, pieces, rtol=2**-10, atol=0)
 
 
 def test_a_plan_may_name_the_bands():

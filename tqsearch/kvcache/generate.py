@@ -30,7 +30,8 @@ class CompressedGenerate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own generate, which see."""
-        configuration = kwargs.get("generation_config") or self.model.generation_config
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        configuration = given or self.model.generation_config
         uses = kwargs.get("use_cache", getattr(configuration, "use_cache", None)) is not False
         chosen = (
             any(kwargs.get(name) is not None for name in _CHOOSES) or configuration.cache_implementation is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqsearch.kvcache.store import CompressedStates, StateCodec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class History:
     """The states of T tokens, S first + C compressed + R recent.
 
@@ -43,6 +43,11 @@ class History:
 
     def __len__(self) -> int:
         return self.sinks.shape[2] + self.compressed_length + self.recent.shape[2]
+
+    def __repr__(self) -> str:
+        return (
+            f"History({self.sinks.shape[2]} first, {self.compressed_length} compressed, {self.recent.shape[2]} recent)"
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""

@@ -93,9 +93,11 @@ class OutlierKeyCodec(KeyCodec):
     def estimate(self, states: Tensor) -> dict[str, Tensor]:
         """`offset`, `order` and `gain` of keys (B, H, T, D); keys that are not finite count as none."""
         constants = super().estimate(states)
-        rest = super().forth(states.float(), constants)
-        squares = torch.where(rest.isfinite().all(dim=3, keepdim=True), rest, 0.0).square()
-        variance = squares.sum(dim=(0, 2), dtype=torch.float64)
+        variance = torch.zeros((states.shape[1], self.dim), dtype=torch.float64, device=states.device)
+        for start, stop in self.pieces(states):
+            rest = super().forth(states[:, :, start:stop].float(), constants)
+            squares = torch.where(rest.isfinite().all(dim=3, keepdim=True), rest, 0.0).square()
+            variance += squares.sum(dim=(0, 2), dtype=torch.float64)
         order = variance.argsort(dim=1, descending=True, stable=True)
         ordered = variance.gather(1, order)
         outliers, others = (part.mean(dim=1) for part in (ordered[:, : self.channels], ordered[:, self.channels :]))

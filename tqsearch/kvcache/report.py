@@ -104,7 +104,7 @@ class CacheReport:
 
     def __str__(self) -> str:
         columns = [part for part in _COLUMNS if any(layer.parts.get(part) for layer in self.layers)]
-        rows = [["layer", "cache", "tokens", *columns, "bytes", "ratio", "note"]]
+        rows = [["layer", "cache", "compressed", *columns, "bytes", "ratio", "note"]]
         for layer in self.layers:
             ratio = f"{layer.nbytes / layer.dense_bytes:.3f}" if layer.dense_bytes else "-"
             sizes = [f"{layer.parts.get(part, 0):,}" for part in columns]

@@ -40,14 +40,14 @@ from tqsearch.packing import pack, unpack
 from tqsearch.plan import BitPlan
 from tqsearch.quantizer import TurboQuantizer
 
-# Floats of a piece while decoding: bounds what is needed beside the result.
-DECODE_PIECE = 1 << 21
+# Floats of a piece while encoding and decoding: bounds what is needed beside the result.
+PIECE = 1 << 21
 
 # Scales below this are stored in float32, as float16 would lose digits of all of them.
 LEAST_HALF_SCALE = 2.0**-10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CompressedStates:
     """Compressed keys, or values, of one layer; see the module's docstring.
 
@@ -69,6 +69,9 @@ class CompressedStates:
         """C, the number of compressed tokens."""
         return self.scales.shape[2]
 
+    def __repr__(self) -> str:
+        return f"CompressedStates({len(self)} tokens, {sum(part.nbytes for part in self.tensors().values()):,} bytes)"
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
         return {"packed": self.packed, "scales": self.scales, **self.constants()}
@@ -78,14 +81,12 @@ class CompressedStates:
         parts = {"offset": self.offset, "order": self.order, "gain": self.gain}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
-    def cat(self, later: CompressedStates) -> CompressedStates:
+    def cat(self, *later: CompressedStates) -> CompressedStates:
         """These tokens, then the later ones, which were encoded with the same constants."""
-        if self.scales.dtype != later.scales.dtype:
-            both = [part.scales.float() for part in (self, later)]
-        else:
-            both = [self.scales, later.scales]
-        packed = torch.cat([self.packed, later.packed], dim=2)
-        return replace(self, packed=packed, scales=torch.cat(both, dim=2))
+        every = (self, *later)
+        wide = any(part.scales.dtype == torch.float32 for part in every)
+        scales = [part.scales.float() if wide else part.scales for part in every]
+        return replace(self, packed=torch.cat([part.packed for part in every], dim=2), scales=torch.cat(scales, dim=2))
 
     def tokens(self, start: int, stop: int) -> CompressedStates:
         """Views of the tokens from `start` to `stop`, both multiples of `block_length`."""
@@ -167,6 +168,10 @@ class StateCodec:
             states: (B, H, C, D), any floating dtype, C a multiple of `block_length`.
             **constants: as `estimate` gives them.
         """
+        pieces = [self._encode(states[:, :, start:stop], constants) for start, stop in self.pieces(states)]
+        return pieces[0].cat(*pieces[1:]) if len(pieces) > 1 else pieces[0]
+
+    def _encode(self, states: Tensor, constants: dict[str, Tensor]) -> CompressedStates:
         batch, heads, length, _ = states.shape
         coded = self.forth(states.float(), constants)
         encoded = self.quantizer.encode_levels(coded.reshape(-1, self.dim))
@@ -182,16 +187,16 @@ class StateCodec:
             compressed: C tokens.
             out: (B, H, C, D) of any floating dtype.
         """
-        for start, stop in self._pieces(compressed):
+        for start, stop in self.pieces(out):
             piece = compressed.tokens(start, stop)
             rows = self.levels(piece.packed) * piece.scales.float().reshape(-1, 1)
             states = self.quantizer.rotation.invert(rows).view(*piece.scales.shape, self.dim)
             out[:, :, start:stop] = self.back(states, piece.constants())
 
-    def _pieces(self, compressed: CompressedStates) -> Iterator[tuple[int, int]]:
-        length, heads = len(compressed), compressed.scales.shape[0] * compressed.scales.shape[1]
-        blocks = max(DECODE_PIECE // max(heads * self.dim * self.block_length, 1), 1)
-        step = blocks * self.block_length
+    def pieces(self, states: Tensor) -> Iterator[tuple[int, int]]:
+        """Ranges of tokens, whole blocks but the last, in which to work on states (B, H, T, D)."""
+        batch, heads, length, dim = states.shape
+        step = max(PIECE // max(batch * heads * dim * self.block_length, 1), 1) * self.block_length
         return ((start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -200,10 +205,14 @@ class KeyCodec(StateCodec):
 
     def estimate(self, states: Tensor) -> dict[str, Tensor]:
         """The offset of keys (B, H, T, D): their mean over batch and tokens; keys that are not finite count as none."""
-        working = states.float()
-        finite = working.isfinite().all(dim=3, keepdim=True)
-        total = torch.where(finite, working, 0.0).sum(dim=(0, 2), dtype=torch.float64)
-        return {"offset": (total / finite.sum(dim=(0, 2)).clamp(min=1)).float()}
+        total = torch.zeros((states.shape[1], self.dim), dtype=torch.float64, device=states.device)
+        count = torch.zeros((states.shape[1], 1), dtype=torch.int64, device=states.device)
+        for start, stop in self.pieces(states):
+            working = states[:, :, start:stop].float()
+            finite = working.isfinite().all(dim=3, keepdim=True)
+            total += torch.where(finite, working, 0.0).sum(dim=(0, 2), dtype=torch.float64)
+            count += finite.sum(dim=(0, 2))
+        return {"offset": (total / count.clamp(min=1)).float()}
 
     def forth(self, states: Tensor, constants: dict[str, Tensor]) -> Tensor:
         """Takes the offset off, if there is one."""
