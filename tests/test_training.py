@@ -222,3 +222,15 @@ def test_distortions_are_weighted_by_variance() -> None:
     kept = 4 * DISTORTION[2] + 1 * DISTORTION[1]
     assert basis.distortion == pytest.approx((kept + 0.25) / 5.25, rel=1e-6)
     assert basis.coded_distortion == pytest.approx(kept / 5, rel=1e-6)
+
+
+def test_bands_of_8_bits_are_cut_where_the_deviations_have_halved() -> None:
+    """So that one scale of an int8 query serves each piece; the bytes of a row stay those of the plan."""
+    plan = BitPlan.from_pairs([(96, 8), (64, 4), (8, 0), (16, 3)])
+    sigma = torch.cat([torch.linspace(8, 2.1, 96), torch.linspace(2, 0.1, 64), torch.ones(8), torch.ones(16)])
+    basis = Basis(plan, torch.eye(184)[:176], sigma)
+    # 8 at 0, 6.0 at 32, 4.04 at 64: no cut yet; a steeper one is cut at 32, to 1.7, and then at 64, to 0.4.
+    assert [(band.size, band.width) for band in basis.scanned_bands] == [(96, 8), (64, 4), (16, 3)]
+    steep = Basis(plan, torch.eye(184)[:176], torch.cat([8 * torch.exp(-torch.arange(96) / 21), sigma[96:]]))
+    assert [(band.size, band.width) for band in steep.scanned_bands] == [(32, 8)] * 3 + [(64, 4), (16, 3)]
+    assert sum(band.nbytes for band in steep.scanned_bands) == plan.bytes_per_vector

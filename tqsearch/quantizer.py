@@ -172,9 +172,8 @@ class TurboQuantizer:
         if device not in self._tables:
             tables = []
             law = self.scanned_dim
-            for band in self.plan.bands:
-                if self.basis is not None and not band.width:
-                    continue
+            bands = self.plan.bands if self.basis is None else self.basis.scanned_bands
+            for band in bands:
                 book = lloyd_max(band.width, law)
                 boundaries, levels = (torch.from_numpy(t).float().to(device) for t in (book.boundaries, book.levels))
                 tables.append(BandTable(band.size, band.width, boundaries, levels, *_integers(book, law)))

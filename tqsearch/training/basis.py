@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tqsearch.codebook import lloyd_max
+from tqsearch.codebook import MAX_BITS, lloyd_max
 from tqsearch.errors import InvalidInputError
-from tqsearch.plan import BitPlan
+from tqsearch.plan import Band, BitPlan
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,27 @@ class Basis:
     @cached_property
     def _widths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         return np.repeat([band.width for band in self.plan.bands], [band.size for band in self.plan.bands])
+
+    @cached_property
+    def scanned_bands(self) -> tuple[Band, ...]:
+        """The coded bands as the kernels take them: those of 8 bits cut where sigma has fallen to half.
+
+        A GPU rounds a query to int8 with one scale a band, and multiplied by sigma a query spans sigma's range. At 8
+        bits that rounding would be the larger error; one plane a band makes a cut free, as the bytes stay the same.
+        """
+        bands, first = [], 0
+        for band in self.plan.bands:
+            cuts = [0]
+            if band.width == MAX_BITS:
+                sigma = self.deviations[first : first + band.size]
+                step = 32 if band.size % 32 == 0 else 8
+                for place in range(step, band.size, step):
+                    if sigma[place] < 0.5 * sigma[cuts[-1]]:
+                        cuts.append(place)
+            first += band.size
+            if band.width:
+                bands += [Band(end - start, band.width) for start, end in pairwise([*cuts, band.size])]
+        return tuple(bands)
 
     @cached_property
     def variance(self) -> float:
