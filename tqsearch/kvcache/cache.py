@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BACKENDS
+from tqsearch.kvcache.attention import NAME as ATTENTION
 from tqsearch.kvcache.hybrid import TurboQuantHybridLayer, recurrent_batch
 from tqsearch.kvcache.layer import LayerSettings, TurboQuantLayer
 from tqsearch.kvcache.persistence import load, save
@@ -91,6 +92,7 @@ class TurboQuantCache(DynamicCache):
             backend,
             _count(outlier_channels, "outlier_channels"),
             _latent(config),
+            config.get_text_config(decoder=True)._attn_implementation == ATTENTION,
         )
         chosen = [index for index, layer in enumerate(self.layers) if type(layer) in _COMPRESSIBLE]
         for number, index in enumerate(chosen):

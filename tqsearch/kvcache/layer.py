@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tqsearch.errors import InvalidInputError
+from tqsearch.kvcache.attention import states_of
 from tqsearch.kvcache.history import History
 from tqsearch.kvcache.outliers import key_codec
 from tqsearch.kvcache.policy import LayerBits
@@ -25,6 +26,7 @@ class LayerSettings:
 
     Attributes:
         latent: (width of the latent, width of the RoPE key) of a model with multi-head latent attention, else None.
+        from_codes: whether the model attends by `attention.attention_forward`, which reads codes.
     """
 
     bits: LayerBits
@@ -35,6 +37,7 @@ class LayerSettings:
     backend: str
     outlier_channels: int = 0
     latent: tuple[int, int] | None = None
+    from_codes: bool = False
 
 
 class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -92,7 +95,8 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             value_states: (B, H, n, D'), D' = D or not.
 
         Returns:
-            keys (B, H, T, D) and values (B, H, T, D'); what they hold of the past is decoded for this call alone.
+            keys (B, H, T, D) and values (B, H, T, D'); what they hold of the past is decoded for this call alone, or not at
+            all where the model attends from the codes.
         """
         if self.past is None:
             self.lazy_initialization(key_states, value_states)
@@ -102,7 +106,9 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             for history, states in zip(past, (key_states, value_states), strict=True)
         )
         # Nothing of this call is compressed yet, and without a past the states themselves are all there is.
-        returned = (whole[0].decode(), whole[1].decode()) if len(past[0]) else (key_states, value_states)
+        returned = states_of(*whole, self.settings.backend) if self.settings.from_codes else None
+        if returned is None:
+            returned = (whole[0].decode(), whole[1].decode()) if len(past[0]) else (key_states, value_states)
         residual, (keys, values) = self.settings.residual_length, (history.detached() for history in whole)
         self.past = keys.compress(residual), values.compress(residual)
         return returned

@@ -1,0 +1,245 @@
+"""Attention from the codes for transformers: `attn_implementation="turboquant"`.
+
+The cache hands an attention layer its keys and values as `CompressedTensor`: tensors of the right shape that hold no
+numbers, only the histories they stand for. `attention_forward`, registered with the library's attention interface,
+passes those histories to `kernels.attention`. Any other operation on such a tensor decodes it first, so a model that
+does something of its own with keys and values gets what it would get from a dense cache.
+
+The name is registered for masks too: without that, the library gives the attention no mask at all.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from tqsearch import kernels
+from tqsearch.kernels import Compressed, Context, Dense
+from tqsearch.kvcache.history import History
+from tqsearch.kvcache.store import KeyCodec, StateCodec, ValueCodec
+
+NAME = "turboquant"
+# Longer queries attend to decoded states: a program would decode each block once for every 16 rows.
+LONGEST_QUERY = 16
+_warned: set[str] = set()
+
+
+class Past(NamedTuple):
+    """The histories of one layer at one step, new tokens included."""
+
+    keys: History
+    values: History
+    backend: str
+
+
+class CompressedTensor(torch.Tensor):
+    """The keys or the values of a `Past`, decoded when anything but `attention_forward` uses them.
+
+    Attributes:
+        past: the histories of both.
+        of_keys: whether this is the keys.
+    """
+
+    past: Past
+    of_keys: bool
+    _decoded: Tensor | None
+
+    @staticmethod
+    def __new__(cls, past: Past, of_keys: bool) -> CompressedTensor:  # noqa: D102
+        history = past.keys if of_keys else past.values
+        size = (*history.recent.shape[:2], len(history), history.recent.shape[3])
+        made: CompressedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, size, dtype=history.recent.dtype, device=history.recent.device
+        )
+        made.past, made.of_keys, made._decoded = past, of_keys, None
+        return made
+
+    def __init__(self, past: Past, of_keys: bool) -> None:
+        super().__init__()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"CompressedTensor({'keys' if self.of_keys else 'values'}, shape={tuple(self.shape)})"
+
+    def decoded(self) -> Tensor:
+        """The states themselves, (B, H, T, D)."""
+        if self._decoded is None:
+            self._decoded = (self.past.keys if self.of_keys else self.past.values).decode()
+        return self._decoded
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the operation on decoded states."""
+        plain = tree_map(lambda part: part.decoded() if isinstance(part, CompressedTensor) else part, (args, kwargs))
+        return func(*plain[0], **(plain[1] or {}))
+
+
+def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Tensor] | None:
+    """The two histories as tensors that `attention_forward` knows, or None where it has no use for them.
+
+    That is where nothing is compressed yet, only one of the two is, a codec is of another kind, or a gradient is asked
+    for.
+    """
+    if not keys.compressed_length or keys.compressed_length != values.compressed_length:
+        return None
+    if type(keys.codec) is not KeyCodec or type(values.codec) is not ValueCodec:
+        return None
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (keys.recent, values.recent)):
+        return None
+    past = Past(keys, values, backend)
+    return CompressedTensor(past, True), CompressedTensor(past, False)
+
+
+@lru_cache(maxsize=64)
+def rotation_matrix(codec: StateCodec, device: torch.device) -> Tensor:
+    """The codec's rotation as a matrix R, (D, D) float32: the rotated vector of x is R x."""
+    return codec.quantizer.rotation.apply(torch.eye(codec.dim, device=device)).t().contiguous()
+
+
+def context_of(past: Past) -> Context:
+    """What `kernels.attention` takes."""
+    parts = []
+    for history in (past.keys, past.values):
+        assert history.codec is not None
+        assert history.compressed is not None
+        device = history.recent.device
+        tables, rotation = history.codec.quantizer.tables(device), rotation_matrix(history.codec, device)
+        parts.append(Compressed(history.compressed.packed, history.compressed.scales, tables, rotation))
+    sinks, recent = Dense(past.keys.sinks, past.values.sinks), Dense(past.keys.recent, past.values.recent)
+    assert past.keys.compressed is not None
+    return Context(sinks, parts[0], parts[1], recent, past.keys.compressed.offset)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as the library calls it: from the codes where keys and values are compressed, else exact.
+
+    Args:
+        module: the attention layer.
+        query: (B, Hq, Tq, D).
+        key, value: (B, H, T, D), of which a `TurboQuantCache` makes `CompressedTensor`.
+        attention_mask: (B, 1, Tq, T), bool or added to the logits; None for causal.
+        dropout: of the weights; not from the codes.
+        scaling: of the inner products; None for 1 / sqrt(D).
+        softcap, s_aux, sliding_window: as for `kernels.attention`.
+        **kwargs: what else the library passes; a `position_bias` is not taken into account from the codes.
+
+    Returns:
+        (B, Tq, Hq, D) and no weights.
+    """
+    scaling = 1.0 / math.sqrt(query.shape[3]) if scaling is None else scaling
+    if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
+        attention_mask = attention_mask[..., : key.shape[2]]
+    if isinstance(key, CompressedTensor) and isinstance(value, CompressedTensor) and key.past is value.past:
+        hindrance = _hindrance(query, attention_mask, dropout, kwargs)
+        causal = attention_mask is not None or query.shape[2] == 1 or getattr(module, "is_causal", True)
+        if hindrance:
+            _warn(hindrance)
+        elif causal and query.shape[2] <= LONGEST_QUERY:
+            # A mask holds the window already.
+            window = sliding_window if attention_mask is None else None
+            out = kernels.attention(
+                query,
+                context_of(key.past),
+                scaling=scaling,
+                mask=attention_mask,
+                softcap=softcap,
+                s_aux=s_aux,
+                sliding_window=window,
+                backend=key.past.backend,
+            )
+            return out, None
+    key, value = (part.decoded() if isinstance(part, CompressedTensor) else part for part in (key, value))
+    if softcap is None and s_aux is None:
+        found = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return found[0], None
+    return _explicit(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
+
+
+def _hindrance(query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> str:
+    """What is asked for that attention from the codes cannot do; empty for nothing."""
+    if kwargs.get("position_bias") is not None:
+        return "a position bias"
+    if dropout:
+        return "dropout"
+    if kwargs.get("output_attentions"):
+        return "attention weights"
+    if torch.is_grad_enabled() and query.requires_grad:
+        return "gradients"
+    if mask is not None and mask.shape[1] != 1:
+        return "a mask for each head"
+    return ""
+
+
+def _warn(hindrance: str) -> None:
+    if hindrance not in _warned:
+        _warned.add(hindrance)
+        warnings.warn(
+            f"attention from compressed states has no {hindrance}: these layers decode their states at each step, "
+            "which is right but slow",
+            stacklevel=3,
+        )
+
+
+def _explicit(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention with capped logits or sink logits, which the library's `sdpa` has not: (B, Tq, Hq, D)."""
+    batch, query_heads, count, _ = query.shape
+    heads, length = key.shape[1], key.shape[2]
+    rows = query.reshape(batch, heads, query_heads // heads * count, -1)
+    scores = (rows @ key.transpose(2, 3)).view(batch, query_heads, count, length).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and count > 1 and getattr(module, "is_causal", True):
+        mask = torch.ones((count, length), dtype=torch.bool, device=query.device).tril(length - count)
+    if mask is not None:
+        # Not minus infinity: a padded query sees nothing, and nobody reads what it gets, but it must not be NaN.
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+    if s_aux is not None:
+        sink = s_aux.float().view(1, -1, 1, 1).expand(batch, -1, count, 1)
+        weights = torch.softmax(torch.cat([scores, sink], dim=3), dim=3)[..., :length]
+    else:
+        weights = torch.softmax(scores, dim=3)
+    weights = torch.nn.functional.dropout(weights, dropout, module.training).to(query.dtype)
+    out = weights.view(batch, heads, query_heads // heads * count, length) @ value
+    return out.view(batch, query_heads, count, -1).transpose(1, 2).contiguous()
+
+
+def register() -> None:
+    """Makes the name known to the library, for attention and for masks."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
