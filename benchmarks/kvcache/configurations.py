@@ -93,6 +93,8 @@ def catalogue() -> list[Configuration]:
     found += [Configuration(OURS, *pair, parts=every) for pair in ((4, 3), (4, 2), (3, 2))]
     found += [Configuration(OURS, bits, bits, residual=32, parts=("needle", "quality")) for bits in (4, 3.5, 3)]
     found += [Configuration(OURS, bits, bits, residual=0) for bits in (4, 3, 2)]
+    found += [Configuration(OURS, bits, bits, options={"outlier_channels": 8}) for bits in (3, 2)]
+    found += [Configuration(OURS, bits, bits, options={"protect_layers": 1}) for bits in (3, 2)]
     found += [Configuration(OURS, bits, bits, block=128, parts=("quality", "bytes", "speed")) for bits in (4, 3, 2)]
     mixed = ((4, 4), (3, 3), (2, 2), (4, 2))
     found += [Configuration(OURS, *pair, variant=LARGE_KEY_BIAS, parts=("quality", "needle")) for pair in mixed]
