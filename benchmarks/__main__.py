@@ -10,6 +10,7 @@ from benchmarks.threads import pin, requested_threads
 COMMANDS = {
     "search": ("benchmarks.search", "TurboQuant against FAISS, turbovec and exact search at equal bytes per vector"),
     "kernels": ("benchmarks.kernels", "the GPU scan against float16 matrix products and topk, and against the limits"),
+    "gpu": ("benchmarks.gpu", "the index on a GPU: recall with int8 and exact queries, and speed"),
     "kvcache": ("benchmarks.kvcache.run", "the compressed KV cache against the dense one and its rivals"),
     "distortion": ("benchmarks.distortion", "the codec's distortion and inner-product error beside theory"),
 }

@@ -1,13 +1,16 @@
-"""`python -m benchmarks kernels`: the GPU scan beside exact search by matrix product, and beside the limits.
+"""`python -m benchmarks kernels`: the GPU scan beside exact search by matrix product, encoding, and the limits.
 
 The rival is exact: float16 vectors, `queries @ vectors.T` in blocks of a million rows, `torch.topk` of each and of all.
 Ours is `kernels.scan`, from rotated float32 queries to scores and rows. Codes are random bytes: time does not depend on
-them. Medians by device events. The limits are measured in the same run: a large device-to-device copy, bytes read and
-written, and `torch._int_mm` of 8192 x 8192 x 8192 int8.
+them. Medians by device events, of calls from Python and of the same calls replayed from a CUDA graph, where the device
+does not wait for the host; ratios are of like with like. Encoding counts the bytes read and the codes written. The
+limits are measured in the same run: a large device-to-device copy, bytes read and written, and `torch._int_mm` of
+8192 x 8192 x 8192 int8.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.search import RESULTS
-from tqsearch import TurboQuantizer, kernels
+from benchmarks.search import RESULTS as ALL_RESULTS
+from tqsearch import TurboQuantIndex, TurboQuantizer, kernels
+from tqsearch.rotation import Hadamard
+
+RESULTS = ALL_RESULTS / "kernels"
 
 K = 10
 BATCHES = (1, 16, 64, 256, 1024)
@@ -44,6 +50,9 @@ COLUMNS = (
     "ours, ms",
     "float16 + topk, ms",
     "times as fast",
+    "ours from a graph, ms",
+    "float16 + topk from a graph, ms",
+    "times as fast, from graphs",
     "codes, TB/s",
     "of the copy",
     "TOP/s",
@@ -66,6 +75,17 @@ def milliseconds(action: Callable[[], object], budget: float = 0.3) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[len(times) // 2]
+
+
+def replayed(action: Callable[[], object]) -> float:
+    """`milliseconds` of the action's work on the device, captured once; it must have run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
+    median = milliseconds(graph.replay)
+    del graph
+    torch.cuda.empty_cache()
+    return median
 
 
 def copy_rate() -> float:
@@ -100,10 +120,17 @@ def random_vectors(count: int, dim: int) -> Tensor:
     return vectors
 
 
-def rival_times(count: int, dim: int, queries: dict[int, Tensor]) -> dict[int, float]:
-    """Milliseconds of the rival by batch; its vectors are given back afterwards."""
+def rival_times(count: int, dim: int, queries: dict[int, Tensor]) -> dict[int, tuple[float, float]]:
+    """Milliseconds of the rival by batch, called and replayed; its vectors are given back afterwards."""
     vectors = random_vectors(count, dim)
-    return {batch: milliseconds(lambda q=q: exact_search(q.half(), vectors, K)) for batch, q in queries.items()}  # type: ignore[misc]
+    times = {}
+    for batch, q in queries.items():
+
+        def search(q: Tensor = q) -> object:
+            return exact_search(q.half(), vectors, K)
+
+        times[batch] = milliseconds(search), replayed(search)
+    return times
 
 
 def rows_of(
@@ -125,22 +152,26 @@ def rows_of(
             def ours(q: Tensor = q, packed: Tensor = packed, scales: Tensor = scales, tables: Any = tables) -> object:
                 return kernels.scan(q, packed, scales, None, mask, tables, K)
 
-            time = milliseconds(ours)
+            called_time, device_time = milliseconds(ours), replayed(ours)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             ours()
             extra = torch.cuda.max_memory_allocated() - before
-            bandwidth = packed.numel() / time / 1e9
-            operations = 2 * batch * count * dim / time / 1e9
+            bandwidth = packed.numel() / device_time / 1e9
+            operations = 2 * batch * count * dim / device_time / 1e9
+            called, graph = rival[batch]
             rows.append(
                 [
                     count,
                     dim,
                     bits,
                     batch,
-                    round(time, 3),
-                    round(rival[batch], 3),
-                    round(rival[batch] / time, 2),
+                    round(called_time, 3),
+                    round(called, 3),
+                    round(called / called_time, 2),
+                    round(device_time, 3),
+                    round(graph, 3),
+                    round(graph / device_time, 2),
                     round(bandwidth, 2),
                     round(bandwidth / limits[0], 2),
                     round(operations),
@@ -151,6 +182,47 @@ def rows_of(
             )
         del packed
         torch.cuda.empty_cache()
+    return rows
+
+
+ENCODE_COLUMNS = ("vectors", "d", "dtype", "bits", "from", "ms", "million vectors/s", "TB/s", "of the copy")
+# Vectors, dimensions, dtype, bits.
+ENCODE_SHAPES: tuple[tuple[int, int, torch.dtype, float], ...] = (
+    *((1 << 20, 1024, torch.float32, bits) for bits in (4, 3, 2, 1, 8, 2.5)),
+    (1 << 20, 1024, torch.bfloat16, 4),
+    *((1 << 20, dim, torch.float32, 4) for dim in (128, 384, 768, 1536, 4096)),
+)
+
+
+def encode_rows(limit: float, shapes: tuple[tuple[int, int, torch.dtype, float], ...]) -> list[list[Any]]:
+    """Encoding from tensors on the GPU, and one addition to an index from host memory."""
+    rows: list[list[Any]] = []
+
+    def row(vectors: Tensor, bits: float, codes: int, source: str, spent: float) -> list[Any]:
+        rate = (vectors.numel() * vectors.element_size() + codes) / spent / 1e9
+        name = str(vectors.dtype).removeprefix("torch.")
+        shape: list[Any] = [*vectors.shape, name, bits, source, round(spent, 3)]
+        return [*shape, round(len(vectors) / spent / 1e3, 1), round(rate, 3), round(rate / limit, 3)]
+
+    for count, dim, dtype, bits in tqdm(shapes, desc="encode", unit="shape"):
+        quantizer = TurboQuantizer(dim, bits)
+        vectors = torch.randn((count, dim), device="cuda").to(dtype)
+        bands, tensors = quantizer.tables(vectors.device), Hadamard(dim, 0).tensors(vectors.device)
+
+        def ours(vectors: Tensor = vectors, bands: Any = bands, tensors: Any = tensors) -> object:
+            return kernels.encode(vectors, bands, *tensors)
+
+        codes = count * quantizer.plan.bytes_per_vector
+        rows.append(row(vectors, bits, codes, "GPU", milliseconds(ours)))
+        del vectors
+    host = torch.randn((1 << 20, 1024))
+    for _ in range(2):  # the first one compiles
+        index = TurboQuantIndex(1024, 4, device="cuda")
+        begin = time.perf_counter()
+        index.add(host)
+        torch.cuda.synchronize()
+        elapsed = 1e3 * (time.perf_counter() - begin)
+    rows.append(row(host, 4, index.nbytes, "host memory, into an index", elapsed))
     return rows
 
 
@@ -166,6 +238,15 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(options.seed)
     limits = copy_rate(), int8_rate()
     torch.cuda.empty_cache()
+    options.out.mkdir(parents=True, exist_ok=True)
+    encoded = {
+        "environment": environment(options.seed),
+        "copy, TB/s": round(limits[0], 2),
+        "columns": list(ENCODE_COLUMNS),
+        "rows": encode_rows(limits[0], ENCODE_SHAPES[:1] if options.quick else ENCODE_SHAPES),
+    }
+    name = "kernels-encode" + ("-quick" if options.quick else "")
+    (options.out / f"{name}.json").write_text(json.dumps(encoded, indent=1) + "\n")
     for name, shapes in (QUICK_SHAPES if options.quick else RESULT_SHAPES).items():
         result: dict[str, Any] = {
             "environment": environment(options.seed),

@@ -23,7 +23,7 @@ MARKED = re.compile(r"(<!-- table:(?P<name>[\w.+-]+) -->\n)(?P<text>.*?)(<!-- en
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """Every result, by the name of its file."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
 
 
 def table(name: str, results: dict[str, dict[str, Any]]) -> str | None:
