@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tqsearch.kernels.attention_ends_triton import merge, prepare
-from tqsearch.kernels.attention_layout import band_keys, key_layout, value_layout
+from tqsearch.kernels.attention_layout import KeyLayout, ValueLayout, band_keys, key_layout, value_layout
 from tqsearch.kernels.attention_operands import Context
+from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.decode_triton import decode
 from tqsearch.kernels.scan_triton import _columns
 
@@ -554,9 +555,7 @@ def attention(
     block = compressed // values.packed.shape[2] if compressed else 128
     device = query.device
     assembled = not (INTERPRETED or torch.version.cuda is None)
-    key_cut = key_layout(band_keys(keys.bands), assembled, device)
-    value_cut = value_layout(band_keys(values.bands), block, assembled, device)
-
+    key_cut, value_cut = _cuts(keys.bands, values.bands, block, assembled, device)
     rows = min(16, _power(group * count, 4))
     row_blocks = -(-group * count // rows)
     tasks = batch * heads * row_blocks
@@ -694,6 +693,31 @@ def attention(
         num_warps=8,
     )
     return out
+
+
+_known_cuts: dict[tuple[object, ...], tuple[object, object, KeyLayout, ValueLayout]] = {}
+
+
+def _cuts(
+    key_bands: tuple[BandTable, ...],
+    value_bands: tuple[BandTable, ...],
+    block: int,
+    assembled: bool,
+    device: torch.device,
+) -> tuple[KeyLayout, ValueLayout]:
+    """The layouts of both, found by the identity of the bands: hashing their tables at each step takes long."""
+    key = (id(key_bands), id(value_bands), block, assembled, device)
+    known = _known_cuts.get(key)
+    if known is None:
+        if len(_known_cuts) >= 64:
+            _known_cuts.clear()
+        known = _known_cuts[key] = (
+            key_bands,  # held, so that their ids stay theirs
+            value_bands,
+            key_layout(band_keys(key_bands), assembled, device),
+            value_layout(band_keys(value_bands), block, assembled, device),
+        )
+    return known[2], known[3]
 
 
 _rotations: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}

@@ -58,7 +58,7 @@ class CompressedTensor(torch.Tensor):
     def __new__(cls, past: Past, of_keys: bool) -> CompressedTensor:  # noqa: D102
         history = past.keys if of_keys else past.values
         size = (*history.recent.shape[:2], len(history), history.recent.shape[3])
-        made: CompressedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: CompressedTensor = torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=history.recent.dtype, device=history.recent.device
         )
         made.past, made.of_keys, made._decoded = past, of_keys, None
@@ -77,7 +77,7 @@ class CompressedTensor(torch.Tensor):
         return self._decoded
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the operation on decoded states."""

@@ -95,8 +95,8 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             value_states: (B, H, n, D'), D' = D or not.
 
         Returns:
-            keys (B, H, T, D) and values (B, H, T, D'); what they hold of the past is decoded for this call alone, or not at
-            all where the model attends from the codes.
+            keys (B, H, T, D) and values (B, H, T, D'); what they hold of the past is decoded for this call alone,
+            or not at all where the model attends from the codes.
         """
         if self.past is None:
             self.lazy_initialization(key_states, value_states)
@@ -106,7 +106,7 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             for history, states in zip(past, (key_states, value_states), strict=True)
         )
         # Nothing of this call is compressed yet, and without a past the states themselves are all there is.
-        returned = states_of(*whole, self.settings.backend) if self.settings.from_codes else None
+        returned = states_of(whole[0], whole[1], self.settings.backend) if self.settings.from_codes else None
         if returned is None:
             returned = (whole[0].decode(), whole[1].decode()) if len(past[0]) else (key_states, value_states)
         residual, (keys, values) = self.settings.residual_length, (history.detached() for history in whole)
