@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, tables
+from benchmarks import figures, kernel_figures, tables
 from benchmarks.kvcache import figures as kvcache_figures
 from benchmarks.kvcache import tables as kvcache_tables
 
@@ -32,6 +32,8 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str | None:
         return text
     if name in results:
         result = results[name]
+        if result.get("benchmark") == "gpu":
+            return tables.gpu(result, results.get(f"search-{result['dataset']}"))
         if "columns" in result:
             return tables.generic(result)
         return tables.search(result) if result.get("benchmark") == "search" else None
@@ -99,6 +101,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
             path.write_text(after)
             print(f"{where}: {', '.join(changed)}")
     pictured = [(figures, result) for result in drawn(results)]
+    pictured += [(kernel_figures, result) for result in kernel_figures.drawn(results)]
     pictured += [(kvcache_figures, result) for result in kvcache_figures.drawn(results)]
     for module, result in pictured:
         if options.check:

@@ -21,6 +21,19 @@ HEADER = (
 )
 
 
+GPU_HEADER = (
+    "codec",
+    "on",
+    "bytes",
+    "recall 10@10",
+    "with exact queries",
+    "train and add s",
+    "queries/s, 1 at a time",
+    "by 32",
+    "by 1000",
+)
+
+
 def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
     """A table of GitHub's Markdown; the first `left` columns are text, the others are aligned to the right."""
     rule = ["---" if position < left else "---:" for position in range(len(header))]
@@ -55,6 +68,25 @@ def generic(result: dict[str, Any]) -> str:
     parts = [markdown([str(name) for name in result["columns"]], rows, left)]
     if "environment" in result:
         parts.append(provenance(result["environment"]))
+    return "\n\n".join(parts)
+
+
+def gpu(result: dict[str, Any], search: dict[str, Any] | None) -> str:
+    """The index on a GPU, and for each width FAISS PQ of as many bytes on a CPU, of a result of `benchmarks.search`."""
+    rivals = [] if search is None else families(search).get("FAISS PQ", [])
+    rows: list[list[str]] = []
+    for bits, centred, size, recall, exact, added, *speeds in result["rows"]:
+        ours = f"TurboQuant{' centred' if centred == 'yes' else ''}, {bits} bit{'' if bits == 1 else 's'}"
+        rows.append([ours, "GPU", number(size), f"{recall:.3f}", f"{exact:.3f}", seconds(added), *map(rate, speeds)])
+        if centred == "yes":
+            for run in at_budget(rivals, size):
+                built = seconds(run["train_seconds"] + run["add_seconds"])
+                shown = [number(run["bytes_per_vector"]), f"{run['recall']['10@10']:.3f}", "", built]
+                name = f"FAISS PQ, `{run['setting']}`"
+                rows.append([name, "CPU", *shown, *(rate(run["qps"][batch]) for batch in ("1", "32", "1000"))])
+    parts = [markdown(list(GPU_HEADER), rows, 2), provenance(result["environment"])]
+    if search is not None:
+        parts[1] += f" The CPU: {provenance(search['environment'])}"
     return "\n\n".join(parts)
 
 
