@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tqsearch import codec as codecs
 from tqsearch import kernels
 from tqsearch.arrays import ArrayLike, as_matrix, like
 from tqsearch.codebook import MAX_BITS, Codebook, lloyd_max, on_grid
+from tqsearch.codec import Codec
 from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BandTable
-from tqsearch.plan import NUMBER, BitPlan
+from tqsearch.plan import NUMBER, Band, BitPlan
 from tqsearch.qjl import QJL
 from tqsearch.rotation import Hadamard, make_rotation
 from tqsearch.training.basis import Basis
+from tqsearch.trellis import trellis_codebook
 
 Form = Literal["mse", "prod"]
 
@@ -30,7 +33,7 @@ class Codes:
     """Encoded vectors.
 
     Attributes:
-        packed: (n, plan.bytes_per_vector) uint8, in the layout of `packing`.
+        packed: (n, row bytes) uint8, in the layout of `packing`, or of `trellis.pack`.
         scales: (n,) of the quantizer's scale dtype: what the levels are multiplied by.
         signs: (n, ceil(d / 8)) uint8, one bit a projection; form "prod" only.
         residual_norms: (n,) float32; form "prod" only.
@@ -69,11 +72,14 @@ class TurboQuantizer:
     the paper
     has it: at equal bits its inner products are noisier at every width above 1.
 
-    The levels are the Lloyd-Max levels of the exact law of a coordinate in dimension `dim`.
+    The levels are the Lloyd-Max levels of the exact law of a coordinate in dimension `dim`. With codec "trellis" a
+    coordinate chooses among several times as many, by a code that runs along the row (`trellis`): a fifth to two fifths
+    less squared error at the same bytes, but from 16 coordinates on. Encoding then takes a CPU 2.5 microseconds a
+    coordinate and core.
 
     Args:
         dim: 1 to 8192.
-        bits: width a coordinate: an integer from 1 to 8, a fraction, or a `BitPlan`.
+        bits: width a coordinate: an integer from 1 to 8, a fraction, or a `BitPlan`; of a trellis at most 4.
         form: "mse" or "prod".
         rotation: "hadamard", "dense" or "identity" (the vectors' coordinates are alike already).
         seed: any integer; with the other arguments it defines the codec for ever.
@@ -85,6 +91,7 @@ class TurboQuantizer:
             lies outside the coded axes counts as zero.
         scale_dtype: torch.float32 or torch.float16; None for float16 where scales are near 1 / sqrt(dim), that is with
             `unit` and a plan that keeps bits of every coordinate, or with a basis; else float32.
+        codec: "scalar" or "trellis"; form "prod" has the first only.
         device: where codes are made; None for the vectors' own device.
         backend: see `kernels.select`.
 
@@ -105,6 +112,7 @@ class TurboQuantizer:
         centre: ArrayLike | None = None,
         unit: bool = False,
         basis: Basis | None = None,
+        codec: Codec = "scalar",
         device: str | torch.device | None = None,
         backend: str = "auto",
     ) -> None:
@@ -117,9 +125,14 @@ class TurboQuantizer:
         if basis is not None:
             if form == "prod":
                 raise InvalidInputError("a basis goes with form 'mse' only")
+            if basis.codec != codec:
+                raise InvalidInputError(f"codec must be the basis's, {basis.codec!r}, got {codec!r}")
             bits = replace(basis.plan, expected_distortion=basis.distortion)
         self.basis = basis
         self.plan = BitPlan.of(self.dim, _less_one(bits) if form == "prod" else bits)
+        self.codec = codecs.checked(codec, self.plan)
+        if form == "prod" and codec != "scalar":
+            raise InvalidInputError(f"codec must be 'scalar' for form 'prod', got {codec!r}")
         if form == "mse" and self.plan.bytes_per_vector == 0:
             raise InvalidInputError(f"bits must be above 0 for form 'mse', got the plan {self.plan}")
         if scale_dtype is None:
@@ -142,13 +155,22 @@ class TurboQuantizer:
         self._tables: dict[torch.device, tuple[BandTable, ...]] = {}
 
     def __repr__(self) -> str:
-        return f"TurboQuantizer(dim={self.dim}, plan={self.plan}, form={self.form!r}, rotation={self.rotation.name!r})"
+        codec = "" if self.codec == "scalar" else f", codec={self.codec!r}"
+        return (
+            f"TurboQuantizer(dim={self.dim}, plan={self.plan}, form={self.form!r}, "
+            f"rotation={self.rotation.name!r}{codec})"
+        )
 
     @property
     def bytes_per_vector(self) -> int:
         """Bytes kept for each vector: codes, scale, and for form "prod" signs and residual norm."""
         extra = 0 if self.qjl is None else self.qjl.bytes_per_vector
-        return self.plan.bytes_per_vector + self.scale_dtype.itemsize + extra
+        return self.row_bytes + self.scale_dtype.itemsize + extra
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of packed codes; along a trellis `plan.bytes_per_vector` where bands are multiples of 8."""
+        return codecs.row_bytes(self.codec, self.plan)
 
     @property
     def compression_ratio(self) -> float:
@@ -158,9 +180,11 @@ class TurboQuantizer:
     @property
     def distortion(self) -> float:
         """Expected |z - decode|^2 / |z|^2 of form "mse", z = x - centre: exact for a Haar rotation; of a basis, for
-        Gaussian vectors of its variances.
+        Gaussian vectors of its variances; of a trellis, for long rows.
         """
-        return self.plan.distortion(self.dim) if self.basis is None else self.basis.distortion
+        if self.basis is not None:
+            return self.basis.distortion
+        return codecs.plan_distortion(self.codec, self.plan, self.dim)
 
     @property
     def scanned_dim(self) -> int:
@@ -174,6 +198,9 @@ class TurboQuantizer:
             law = self.scanned_dim
             bands = self.plan.bands if self.basis is None else self.basis.scanned_bands
             for band in bands:
+                if self.codec == "trellis":
+                    tables.append(_trellis_table(band, device))
+                    continue
                 book = lloyd_max(band.width, law)
                 boundaries, levels = (torch.from_numpy(t).float().to(device) for t in (book.boundaries, book.levels))
                 tables.append(BandTable(band.size, band.width, boundaries, levels, *_integers(book, law)))
@@ -203,7 +230,7 @@ class TurboQuantizer:
         """Codes of checked rows, (n, dim) float32, form "mse", with what an index keeps beside them.
 
         Returns:
-            packed: (n, plan.bytes_per_vector) uint8.
+            packed: (n, row_bytes) uint8.
             scales: (n,) of the scale dtype; in float16 of a basis, infinite for a vector some 65,504 times longer than
                 those of the sample.
             norms: (n,) float32, |z|, z = x - centre.
@@ -242,7 +269,7 @@ class TurboQuantizer:
             parts.append(EncodedRows(packed, scales, norms, (rows @ centre).float()))
         if not parts:
             empty = torch.empty(0, device=device)
-            packed = torch.empty((0, self.plan.bytes_per_vector), dtype=torch.uint8, device=device)
+            packed = torch.empty((0, self.row_bytes), dtype=torch.uint8, device=device)
             return EncodedRows(packed, empty.to(self.scale_dtype), empty, empty)
         return EncodedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
@@ -314,6 +341,14 @@ class TurboQuantizer:
         if self.centre is not None:
             products = products + (matrix @ self.centre.to(device))[:, None]
         return like(products[0] if queries.ndim == 1 else products, queries)
+
+
+def _trellis_table(band: Band, device: torch.device) -> BandTable:
+    none = torch.empty(0, device=device)
+    if not band.width:
+        return BandTable(band.size, 0, none, torch.zeros(1, device=device), (0,), 0.0, 0.0, "trellis")
+    book = trellis_codebook(band.width)
+    return BandTable(band.size, band.width, none, book.levels(device), book.integers, -0.5, book.step, "trellis")
 
 
 def _integers(book: Codebook, dim: int) -> tuple[tuple[int, ...], float, float]:

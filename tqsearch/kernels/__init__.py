@@ -21,7 +21,7 @@ from torch import Tensor
 from tqsearch.errors import BackendError, InvalidInputError
 from tqsearch.kernels import attention_reference, reference
 from tqsearch.kernels.attention_operands import Compressed, Context, Dense
-from tqsearch.kernels.bands import BandTable, row_bytes
+from tqsearch.kernels.bands import BandTable, along_trellis, row_bytes
 
 __all__ = [
     "BACKENDS",
@@ -104,7 +104,7 @@ def encode(
     """Centres, normalises, rotates, quantizes and packs rows.
 
     With z = x - centre (x / |x| - centre if `unit`) and u = R z sqrt(d) / |z| each coordinate's code is the number of
-    its band's boundaries below it.
+    its band's boundaries below it; along a trellis u's codes are those of `trellis.encode`.
 
     Args:
         vectors: (n, d) float32 on the device to work on, any strides, finite; Triton also takes float16 and bfloat16.
@@ -117,12 +117,17 @@ def encode(
         backend: see `select`.
 
     Returns:
-        packed: (n, row bytes) uint8, in the layout of `packing`.
+        packed: (n, row bytes) uint8, in the layout of `packing`, or of `trellis.pack`.
         norms: (n,) float32, |z|.
         dots: (n,) float32, <u, levels of the codes>; 0 for a zero z, whose codes are those of u = 0.
         centre_products: (n,) float32, <centre, z>; 0 without a centre.
     """
     if select(backend, vectors.device) == "triton":
+        if along_trellis(bands):
+            from tqsearch.kernels import viterbi_triton
+
+            search = viterbi_triton.best_paths
+            return Encoded(*reference.encode(vectors.float(), bands, factors, orders, centre, unit, search))
         from tqsearch.kernels import encode_triton
 
         return Encoded(*encode_triton.encode(vectors, bands, factors, orders, centre, unit))
@@ -196,14 +201,22 @@ def scan(
     chosen = select(backend, packed.device)
     if precision not in PRECISIONS:
         raise InvalidInputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
-    wrong = {band.width for band in bands} - TRITON_WIDTHS
+    wrong = _unscannable(bands)
     if wrong and backend == "triton":
-        raise BackendError(f"backend 'triton' has no kernel for {min(wrong)} bits; use backend 'auto' or 'reference'")
+        raise BackendError(f"backend 'triton' has no kernel for {wrong}; use backend 'auto' or 'reference'")
     if chosen == "triton" and not wrong:
         from tqsearch.kernels import scan_triton
 
         return scan_triton.scan(queries, packed, scales, bias, mask, bands, k, precision)
     return reference.scan(queries, packed, scales, bias, mask, bands, k)
+
+
+def _unscannable(bands: tuple[BandTable, ...]) -> str:
+    """What keeps a scan of the bands from Triton; empty for nothing."""
+    if along_trellis(bands):
+        return "trellis codes"
+    widths = {band.width for band in bands} - TRITON_WIDTHS
+    return f"{min(widths)} bits" if widths else ""
 
 
 def attention(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tqsearch import trellis
 from tqsearch.plan import Band
 
 
@@ -20,6 +21,9 @@ class BandTable(NamedTuple):
         steps: the levels for integer kernels: level = (step number - offset) * step, each number fitting int8.
         offset: see `steps`.
         step: see `steps`.
+        codec: "scalar", or "trellis": `levels` and `steps` are then those of `trellis.trellis_codebook`, in ascending
+            order, there are no boundaries, and the bands of a row, all of this codec, are packed by `trellis.pack`,
+            those of width 0 left out.
     """
 
     size: int
@@ -29,13 +33,26 @@ class BandTable(NamedTuple):
     steps: tuple[int, ...]
     offset: float
     step: float
+    codec: str = "scalar"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a row's codes in this band."""
+        """Bytes of a row's codes in this band; of codec "scalar"."""
         return Band(self.size, self.width).nbytes
 
 
 def row_bytes(bands: tuple[BandTable, ...]) -> int:
     """Bytes of one row of packed codes."""
+    if along_trellis(bands):
+        return trellis.row_bytes(trellis_bands(bands))
     return sum(band.nbytes for band in bands)
+
+
+def along_trellis(bands: tuple[BandTable, ...]) -> bool:
+    """Whether the bands' codec is "trellis"."""
+    return any(band.codec == "trellis" for band in bands)
+
+
+def trellis_bands(bands: tuple[BandTable, ...]) -> list[tuple[int, int]]:
+    """The (size, bits) pairs that `trellis` takes: of the bands of width above 0."""
+    return [(band.size, band.width) for band in bands if band.width]

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tqsearch.kernels.bands import BandTable, row_bytes
+from tqsearch import trellis
+from tqsearch.kernels.bands import BandTable, along_trellis, row_bytes, trellis_bands
 from tqsearch.packing import pack_columns, unpack_band
 from tqsearch.plan import Band, BitPlan
 from tqsearch.rotation import hadamard_columns
+from tqsearch.viterbi import best_paths
 
 ENCODE_BLOCK = 1 << 19  # floats of a block while encoding
+_TRELLIS_BLOCK = 1 << 24  # the same on a GPU along a trellis, whose rows run side by side
 SCAN_BLOCK = 1 << 21  # floats of a decoded block while scanning
 _GROUP = 32  # rows of a group whose maximum stands for them in the first step of the top k
 
@@ -29,14 +32,16 @@ def encode(
     orders: Tensor | None,
     centre: Tensor | None,
     unit: bool,
+    search: trellis.Search = best_paths,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `kernels.encode`."""
+    """See `kernels.encode`; `search` finds a trellis's paths."""
     count, dim = vectors.shape
+    floats = _TRELLIS_BLOCK if along_trellis(bands) and vectors.device.type == "cuda" else ENCODE_BLOCK
     packed = torch.empty((count, row_bytes(bands)), dtype=torch.uint8, device=vectors.device)
     norms = torch.empty(count, dtype=torch.float32, device=vectors.device)
     dots = torch.empty_like(norms)
     centre_products = torch.zeros_like(norms)
-    for block in _blocks(count, ENCODE_BLOCK // dim):
+    for block in _blocks(count, floats // dim):
         columns = vectors[block].t().contiguous()
         if unit:
             columns = _normalise(columns)[0] / math.sqrt(dim)
@@ -46,8 +51,7 @@ def encode(
         columns, norms[block] = _normalise(columns)
         if factors is not None:
             columns = hadamard_columns(columns, factors, orders)
-        codes, levels = _quantize(columns, bands)
-        packed[block] = pack_columns(codes, BitPlan(tuple(Band(b.size, b.width) for b in bands))).t()
+        packed[block], levels = _trellis(columns, bands, search) if along_trellis(bands) else _scalar(columns, bands)
         dots[block] = _column_sums(columns * levels)
     return packed, norms, dots, centre_products
 
@@ -78,8 +82,8 @@ def _normalise(columns: Tensor) -> tuple[Tensor, Tensor]:
     return columns * factor, torch.ldexp(length, exponent)
 
 
-def _quantize(unit: Tensor, bands: tuple[BandTable, ...]) -> tuple[Tensor, Tensor]:
-    """Codes (d, n) uint8 and their levels (d, n) float32."""
+def _scalar(unit: Tensor, bands: tuple[BandTable, ...]) -> tuple[Tensor, Tensor]:
+    """Packed codes of columns (d, n), (n, row bytes) uint8, and their levels (d, n) float32."""
     codes = torch.empty(unit.shape, dtype=torch.uint8, device=unit.device)
     levels = torch.empty_like(unit)
     row = 0
@@ -89,11 +93,33 @@ def _quantize(unit: Tensor, bands: tuple[BandTable, ...]) -> tuple[Tensor, Tenso
         codes[rows] = index
         levels[rows] = torch.index_select(band.levels, 0, index.flatten()).view(index.shape)
         row += band.size
-    return codes, levels
+    return pack_columns(codes, BitPlan(tuple(Band(b.size, b.width) for b in bands))).t(), levels
+
+
+def _trellis(unit: Tensor, bands: tuple[BandTable, ...], search: trellis.Search) -> tuple[Tensor, Tensor]:
+    """`_scalar` along a trellis."""
+    pairs, kept = trellis_bands(bands), _coded(bands, unit.device)
+    codes = trellis.encode((unit if kept is None else unit[kept]).t().contiguous(), pairs, search=search)
+    levels = trellis.decode(codes, pairs).t()
+    return trellis.pack(codes, pairs), levels if kept is None else torch.zeros_like(unit).index_copy_(0, kept, levels)
+
+
+def _coded(bands: tuple[BandTable, ...], device: torch.device) -> Tensor | None:
+    """The coordinates of width above 0; None for all."""
+    if all(band.width for band in bands):
+        return None
+    coded = [band.width > 0 for band in bands for _ in range(band.size)]
+    return torch.tensor(coded, device=device).nonzero().flatten()
 
 
 def decode(packed: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
     """The levels of the codes: (n, row bytes) uint8 to (n, d) float32."""
+    if along_trellis(bands):
+        pairs, kept = trellis_bands(bands), _coded(bands, packed.device)
+        levels = trellis.decode(trellis.unpack(packed, pairs), pairs)
+        if kept is None:
+            return levels
+        return levels.new_zeros((len(packed), sum(band.size for band in bands))).index_copy_(1, kept, levels)
     parts, byte = [], 0
     for band in bands:
         parts.append(_decode_band(packed[:, byte : byte + band.nbytes], band))

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tqsearch.codebook import MAX_BITS, lloyd_max
+from tqsearch import codec as codecs
+from tqsearch.codebook import MAX_BITS
+from tqsearch.codec import Codec
 from tqsearch.errors import InvalidInputError
 from tqsearch.plan import Band, BitPlan
 
@@ -27,11 +29,13 @@ class Basis:
         plan: the widths of all `dim` coordinates, in the order of `deviations`.
         axes: (m, dim) float32, orthonormal rows: A, of the m coordinates of width above 0, in the plan's order.
         deviations: (dim,) float32, sigma, >= 0; above 0 where the width is.
+        codec: of the coordinates.
     """
 
     plan: BitPlan
     axes: Tensor
     deviations: Tensor
+    codec: Codec = "scalar"
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,17 +92,19 @@ class Basis:
     @cached_property
     def distortion(self) -> float:
         """Expected |z - decoded|^2 over expected |z|^2; what is not coded is lost."""
-        errors = np.array([lloyd_max(int(width)).distortion for width in self._widths])
-        return float((self.deviations.double().numpy() ** 2 * errors).sum() / self.variance)
+        return float((self.deviations.double().numpy() ** 2 * self._errors).sum() / self.variance)
 
     @cached_property
     def coded_distortion(self) -> float:
         """`distortion` within the span of the coded axes."""
         kept = self._widths > 0
         squares = self.deviations.double().numpy()[kept] ** 2
-        return float((squares * [lloyd_max(int(width)).distortion for width in self._widths[kept]]).sum()) / float(
-            squares.sum()
-        )
+        return float((squares * self._errors[kept]).sum()) / float(squares.sum())
+
+    @cached_property
+    def _errors(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """The expected squared error of each coordinate over its variance."""
+        return np.array([codecs.distortion(self.codec, int(width)) for width in self._widths])
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """A (m, dim) and the coded coordinates' sigma (m,), float64, on a device."""
