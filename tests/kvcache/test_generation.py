@@ -19,7 +19,9 @@ from tqsearch.kvcache.layer import TurboQuantLayer
 MODELS = ("llama", "gemma2", "falcon-h1", "deepseek-v3")
 
 
-def both(oracle, model, bits=4, residual=8, sinks=4):
+def both(oracle, model, bits=1, residual=8, sinks=4):
+    # One bit: what is wrong shows most, and with one boundary a coordinate few lie within rounding of one, where the
+    # oracle may choose another code: random models make much of that.
     latent = getattr(model.config, "kv_lora_rank", None)
     shape = Shape(bits, None if latent else bits, residual, sinks, 8)
     ours = TurboQuantCache(model.config, bits, residual_length=residual, sink_length=sinks, block_length=8)
@@ -40,9 +42,7 @@ def check_same(model, caches, ids, **options):
         known = expected.isfinite()
         assert torch.equal(known, score.isfinite())
         difference = (score[known] - expected[known]).abs() / expected[known].abs().max()
-        # Where a coordinate lies within rounding of a boundary its code may be the next one: 3 % of one token's vector.
-        assert difference.median() <= 1e-3
-        assert difference.max() <= 1e-2
+        assert difference.max() <= 1e-3
     compressed = [layer for layer in caches[0].layers if isinstance(layer, TurboQuantLayer)]
     assert all(layer.past[0].compressed_length >= 24 for layer in compressed)
 

@@ -264,6 +264,11 @@ def test_wrong_arguments_are_refused_at_once(options, message):
         TurboQuantCache(CONFIG, **options)
 
 
+def test_a_model_in_place_of_its_configuration_is_refused():
+    with pytest.raises(InvalidInputError, match=r"got LlamaForCausalLM; pass model\.config"):
+        TurboQuantCache(families.make("llama"))
+
+
 def test_widths_of_layers():
     config = families._config("LlamaConfig", head_dim=64, num_hidden_layers=5)
 

@@ -71,6 +71,10 @@ class TurboQuantCache(DynamicCache):
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ) -> None:
+        if not isinstance(config, PretrainedConfig):
+            raise InvalidInputError(
+                f"config must be a transformers model's configuration, got {type(config).__name__}; pass model.config"
+            )
         if policy is None:
             policy = Uniform(
                 bits if key_bits is None else key_bits,

@@ -157,7 +157,10 @@ def _in(entry: list[Any], tensors: dict[str, Tensor], device: torch.device) -> A
     if kind == "tensor":
         return tensors[content].to(device)
     if kind == "dtype":
-        return getattr(torch, content.removeprefix("torch."))
+        dtype = getattr(torch, content.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise CorruptFileError(f"{content!r} is no dtype of torch; restore the file from a copy")
+        return dtype
     if kind == "device":
         return device
     if kind == "dict":
