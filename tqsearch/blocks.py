@@ -17,23 +17,28 @@ from tqsearch.segments import Columns
 
 BLOCK_BYTES = 64 << 20  # of a block's rows in float32
 _SHOWN_BYTES = 1 << 30  # of the vectors whose addition shows a progress bar
+_SLOWER = 64  # by so much an encoder that is slow takes longer
 
 
-def encode_blocks(rows: Tensor, device: torch.device, encode: Callable[[Tensor, int], Columns]) -> Columns:
+def encode_blocks(
+    rows: Tensor, device: torch.device, encode: Callable[[Tensor, int], Columns], *, slow: bool = False
+) -> Columns:
     """The columns of all rows.
 
     Args:
         rows: (n, dim) real numbers, on any device, n >= 1.
         device: where they are encoded and the columns lie.
         encode: takes a block, (m, dim) float32 on `device`, and the number of its first row.
+        slow: on a CPU it takes minutes for what others do in seconds: the progress bar is shown earlier.
 
     Raises:
         InvalidInputError: a number is not finite in float32, or `encode` raises it.
     """
     count, dim = rows.shape
-    size = max(1, BLOCK_BYTES // (4 * dim))
+    slower = _SLOWER if slow and device.type == "cpu" else 1
+    size = max(1, BLOCK_BYTES // slower // (4 * dim))
     result: Columns = {}
-    with progress(count, "adding", "vectors", shown=4 * count * dim >= _SHOWN_BYTES) as bar:
+    with progress(count, "adding", "vectors", shown=4 * count * dim * slower >= _SHOWN_BYTES) as bar:
         for first, block in _moved(rows, device, size):
             # One reduction finds a bad value: nan and inf survive a sum. To name the row takes a look at all rows.
             if not torch.isfinite(block.sum(dtype=torch.float64)):

@@ -6,8 +6,8 @@ reader can open it, and loading runs no code. Its metadata are strings, in this 
 
 ========== ==========================================================================================================
 `format`   "tqsearch-index": the first entry, so that a file of ours begins, after its length, with a fixed text
-`version`  "1", or "2" for an index of learnt axes: the version of this specification that the file needs; a reader
-           refuses a larger one
+`version`  "1", "2" for an index of learnt axes, "3" for one of trellis codes: the version of this specification that
+           the file needs; a reader refuses a larger one
 `header`   JSON, keys sorted: `dim`, `metric` ("ip", "cosine", "l2"), `plan` ([[size, width], ...]), `rotation`
            ("hadamard", "dense", "identity"), `seed`, `count` (vectors), `next_id` (one more than the largest id ever
            given); in version 2 also `learnt_plan` ([[size, width], ...], what the codes follow, `plan` being what was
@@ -44,6 +44,11 @@ more, after `centre`, which is always there, and `bias` and `scales` differ:
 The code of coordinate i is that of (A z)_i / sigma_i, all m of them scaled to squared norm m, by the levels of
 dimension m; the bands of width 0 are left out.
 
+Version 3 has trellis codes. The header has the entry `codec`, "trellis", and those of version 2 if axes were learnt, in
+which case version 2's tensors hold. A row of `packed` is the codes of the coordinates of width above 0, by `trellis`:
+its taps, its levels, its `pack`. The code of a row is that of the rotated coordinates, scaled to squared norm `dim`, or
+of the m coordinates of learnt axes as in version 2. Its widths are at most 4.
+
 `write` writes a temporary file in the same folder, syncs it, renames it over the target and syncs the folder.
 """
 
@@ -63,13 +68,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tqsearch import codec as codecs
 from tqsearch.errors import CorruptFileError, ForeignFileError, NewerFormatError
 from tqsearch.estimator import bias_dtype
 from tqsearch.plan import BitPlan
 from tqsearch.segments import Columns
 
 FORMAT = "tqsearch-index"
-VERSION = 2
+VERSION = 3
 _PREFIX = b'{"__metadata__":{"format":"' + FORMAT.encode() + b'"'
 _ORDER = ("ids", "centre", "axes", "deviations", "bias", "scales", "packed")
 _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
@@ -90,10 +96,13 @@ class Header:
     next_id: int
     learnt_plan: list[tuple[int, int]] | None = None
     keeps_product: bool | None = None
+    codec: str | None = None  # None for "scalar"
 
     @property
     def version(self) -> int:
         """The version of the format that the index needs."""
+        if self.codec is not None:
+            return 3
         return 1 if self.learnt_plan is None else 2
 
     def text(self) -> str:
@@ -266,14 +275,18 @@ def _parsed(path: str | os.PathLike[str], metadata: dict[str, str]) -> Header:
     try:
         fields = json.loads(metadata["header"])
         new = {"learnt_plan", "keeps_product"}
-        if new & fields.keys() != (new if metadata["version"] == "2" else set()):
-            raise ValueError(f"version {metadata['version']} does not go with its entries")
+        if new & fields.keys() not in (set(), new):
+            raise ValueError("an entry of learnt axes is missing")
         for name in {"plan", "learnt_plan"} & fields.keys() | {"plan"}:
             fields[name] = [(int(size), int(width)) for size, width in fields[name]]
             plan = BitPlan.from_pairs(fields[name])
             if plan.dim != fields["dim"]:
                 raise ValueError(f"its {name} covers {plan.dim} coordinates of {fields['dim']}")
         header = Header(**fields)
+        if str(header.version) != metadata["version"]:
+            raise ValueError(f"version {metadata['version']} does not go with its entries")
+        if header.codec not in (None, "trellis"):
+            raise ValueError(f"codec is {header.codec!r}")
         if type(header.keeps_product) not in (bool, type(None)):
             raise ValueError(f"keeps_product is {header.keeps_product!r}")
         if not all(type(n) is int for n in (header.dim, header.seed, header.count, header.next_id)):
@@ -301,7 +314,7 @@ def _check_columns(path: str | os.PathLike[str], header: Header, columns: Column
         codes = BitPlan.from_pairs(header.plan if header.learnt_plan is None else header.learnt_plan)
         half = learnt or (header.metric == "cosine" and all(width for _, width in header.plan))
         wanted["scales"] = (torch.float16 if half else torch.float32, (count,))
-        wanted["packed"] = (torch.uint8, (count, codes.bytes_per_vector))
+        wanted["packed"] = (torch.uint8, (count, codecs.row_bytes("trellis" if header.codec else "scalar", codes)))
         keeps_product = trained if header.keeps_product is None else header.keeps_product
         bias = bias_dtype(header.metric, keeps_product, learnt_axes=learnt)
         if bias is not None:

@@ -210,12 +210,12 @@ class TestForged:
         (tmp_path / "good").write_bytes(written_by_hand(good.header, t))
         assert len(TurboQuantIndex.load(tmp_path / "good")) == 30
 
-    @pytest.mark.parametrize("version", ["3", "10", "999999999"])
+    @pytest.mark.parametrize("version", ["4", "10", "999999999"])
     def test_newer_version(self, tmp_path: Path, good: Any, version: str) -> None:
         """Of a later version nothing is understood, not even whether its header is well formed."""
         for header in (good.header, {"new": "header"}):
             content = written_by_hand(header, good.tensors, version)
-            self.refused(tmp_path, content, NewerFormatError, f"version {version}, .* up to 2; upgrade tqsearch")
+            self.refused(tmp_path, content, NewerFormatError, f"version {version}, .* up to 3; upgrade tqsearch")
 
     @pytest.mark.parametrize("version", ["", "0", "-1", "1.0", "x", " 1", "²", "9" * 5000])
     def test_no_version(self, tmp_path: Path, good: Any, version: str) -> None:

@@ -14,9 +14,11 @@ from tqsearch.format import read_header
 from tqsearch.index import TurboQuantIndex
 
 
-@pytest.fixture(scope="module", params=["l2", "cosine", "axes", "empty"])
+@pytest.fixture(scope="module", params=["l2", "cosine", "axes", "trellis", "empty"])
 def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    index = TurboQuantIndex(12, 2.5, "l2" if request.param in ("l2", "axes") else "cosine", seed=3)
+    metric: Any = "l2" if request.param in ("l2", "axes") else "cosine"
+    codec: Any = "trellis" if request.param == "trellis" else "scalar"
+    index = TurboQuantIndex(12, 2.5, metric, seed=3, codec=codec)
     if request.param == "axes":
         index.train(np.random.default_rng(1).standard_normal((500, 12)) / np.arange(1, 13))
         assert index.learnt == "axes"

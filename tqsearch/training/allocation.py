@@ -6,6 +6,8 @@ queries in it. Coordinates are given widths in blocks of consecutive ones, so th
 
     minimise  sum_j W_j D(b_j)   over b_j in {0, 1, 2, 3, 4, 8},   subject to  sum_j bytes_j(b_j) <= budget,
 
+(without 8 along a trellis)
+
 with W_j the sum of the weights in block j: a knapsack with one choice a block.
 
 **Why it is the optimum.** Let F(j, r) be the least cost of blocks j, j + 1, ... within r bytes. Whatever width b
@@ -26,22 +28,24 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from tqsearch.codebook import lloyd_max
+from tqsearch.codec import Codec, band_bytes, distortion
 from tqsearch.errors import InvalidInputError
-from tqsearch.plan import Band, BitPlan
+from tqsearch.plan import BitPlan
 
-WIDTHS = (0, 1, 2, 3, 4, 8)  # those that every kernel decodes
+# Those that every kernel decodes.
+WIDTHS: dict[Codec, tuple[int, ...]] = {"scalar": (0, 1, 2, 3, 4, 8), "trellis": (0, 1, 2, 3, 4)}
 
 Array = npt.NDArray[np.float64]
 
 
-def allocate(weights: Array, budget: int, block: int = 8) -> BitPlan:
+def allocate(weights: Array, budget: int, block: int = 8, codec: Codec = "scalar") -> BitPlan:
     """The plan of least expected error within a budget; see the module's docstring.
 
     Args:
         weights: (dim,) float64, >= 0, in the order of the coordinates: descending for one band a width.
         budget: bytes a row of codes may take, >= 0.
         block: coordinates that get one width, a multiple of 8.
+        codec: of the coordinates.
 
     Returns:
         A plan of `dim` coordinates of at most `budget` bytes. Bits that would lower no error are not spent.
@@ -55,7 +59,7 @@ def allocate(weights: Array, budget: int, block: int = 8) -> BitPlan:
     if budget < 0 or block < 8 or block % 8:
         raise InvalidInputError(f"budget must be at least 0 and block a multiple of 8, got {budget} and {block}")
     sizes = [min(block, len(weights) - start) for start in range(0, len(weights), block)]
-    widths = _optimal_widths(np.add.reduceat(weights, np.arange(0, len(weights), block)), sizes, budget)
+    widths = _optimal_widths(np.add.reduceat(weights, np.arange(0, len(weights), block)), sizes, budget, codec)
     pairs: list[tuple[int, int]] = []
     for size, width in zip(sizes, widths, strict=True):
         if pairs and pairs[-1][1] == width:
@@ -65,18 +69,18 @@ def allocate(weights: Array, budget: int, block: int = 8) -> BitPlan:
     return BitPlan.from_pairs(pairs)
 
 
-def _optimal_widths(block_weights: Array, sizes: list[int], budget: int) -> list[int]:
+def _optimal_widths(block_weights: Array, sizes: list[int], budget: int, codec: Codec) -> list[int]:
     """The recursion of the module's docstring, from the last block to the first, and the way back."""
     least = np.zeros(budget + 1)  # F(j + 1, r) for every r
     choices = np.zeros((len(sizes), budget + 1), dtype=np.uint8)
     for j in reversed(range(len(sizes))):
         current = np.full(budget + 1, math.inf)
-        for width in WIDTHS:
-            nbytes = Band(sizes[j], width).nbytes
+        for width in WIDTHS[codec]:
+            nbytes = band_bytes(codec, sizes[j], width)
             if nbytes > budget:  # in a small block a wider code can be the shorter: 3 bits are two planes
                 continue
             cost = np.full(budget + 1, math.inf)
-            cost[nbytes:] = least[: budget + 1 - nbytes] + block_weights[j] * lloyd_max(width).distortion
+            cost[nbytes:] = least[: budget + 1 - nbytes] + block_weights[j] * distortion(codec, width)
             better = cost < current  # strictly: of equal costs the narrower width
             current[better] = cost[better]
             choices[j, better] = width
@@ -84,11 +88,11 @@ def _optimal_widths(block_weights: Array, sizes: list[int], budget: int) -> list
     widths, left = [], budget
     for j, size in enumerate(sizes):
         widths.append(int(choices[j, left]))
-        left -= Band(size, widths[-1]).nbytes
+        left -= band_bytes(codec, size, widths[-1])
     return widths
 
 
-def expected_error(weights: Array, plan: BitPlan) -> float:
+def expected_error(weights: Array, plan: BitPlan, codec: Codec = "scalar") -> float:
     """sum_i w_i D(b_i), what `allocate` makes least."""
     widths = np.repeat([band.width for band in plan.bands], [band.size for band in plan.bands])
-    return float(sum(weights[widths == width].sum() * lloyd_max(int(width)).distortion for width in set(widths)))
+    return float(sum(weights[widths == width].sum() * distortion(codec, int(width)) for width in set(widths)))

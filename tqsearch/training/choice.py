@@ -33,7 +33,10 @@ def chosen(sample: Tensor, queries: Tensor | None, untrained: Estimator, make: M
     """
 
     def learnt_from(rows: Tensor) -> Learnt | None:
-        return learn(rows, queries, untrained.metric, lambda keeps: _budget(untrained, keeps), untrained.quantizer.seed)
+        quantizer = untrained.quantizer
+        return learn(
+            rows, queries, untrained.metric, lambda keeps: _budget(untrained, keeps), quantizer.seed, quantizer.codec
+        )
 
     alone = make(centre_of(sample), None, True)
     half = learnt_from(sample[::2])

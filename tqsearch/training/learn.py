@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tqsearch.codec import Codec
 from tqsearch.training.allocation import Array, allocate, expected_error
 from tqsearch.training.basis import Basis
 from tqsearch.training.spectrum import principal_axes
@@ -41,7 +42,12 @@ def centre_of(sample: Tensor) -> Tensor:
 
 
 def learn(
-    sample: Tensor, queries: Tensor | None, metric: str, budget: Callable[[bool], int], seed: int
+    sample: Tensor,
+    queries: Tensor | None,
+    metric: str,
+    budget: Callable[[bool], int],
+    seed: int,
+    codec: Codec = "scalar",
 ) -> Learnt | None:
     """Learns axes and their widths.
 
@@ -60,6 +66,7 @@ def learn(
         metric: the index's.
         budget: the bytes a row of codes may take, without and with <c, z> kept.
         seed: of the randomized search for axes.
+        codec: of the coordinates.
 
     Returns:
         What was learnt; None where there is nothing to learn: fewer than `FEWEST_ROWS` rows, or all rows alike.
@@ -81,7 +88,7 @@ def learn(
         moments = (moments * moments.mean()).sqrt()
         weights = variances * moments
         order = torch.argsort(weights, descending=True, stable=True)
-        basis, error = _allotted(weights[order], axes[order], variances[order], budget(keeps))
+        basis, error = _allotted(weights[order], axes[order], variances[order], budget(keeps), codec)
         choices.append(Learnt(centre, basis, keeps, error))
     return min(choices, key=lambda learnt: learnt.expected_error, default=None)
 
@@ -94,13 +101,13 @@ def _second_moments(queries: Tensor, axes: Tensor) -> Tensor:
     return total / max(len(queries), 1)
 
 
-def _allotted(weights: Tensor, axes: Tensor, variances: Tensor, budget: int) -> tuple[Basis, float]:
+def _allotted(weights: Tensor, axes: Tensor, variances: Tensor, budget: int, codec: Codec) -> tuple[Basis, float]:
     dim = len(weights)
     block = 32 if dim >= _WIDE and dim % 32 == 0 else 8
     relative: Array = (weights / weights.max()).cpu().numpy()
-    plan = allocate(relative, budget, block)
+    plan = allocate(relative, budget, block, codec)
     coded = torch.from_numpy(np.repeat([band.width > 0 for band in plan.bands], [band.size for band in plan.bands]))
     deviations = variances.sqrt().cpu()
     deviations = deviations.clamp(min=_FLOOR * float(deviations.max())).float()
-    basis = Basis(plan, axes.cpu()[coded].float().contiguous(), deviations)
-    return basis, expected_error(relative, plan) * float(weights.max())
+    basis = Basis(plan, axes.cpu()[coded].float().contiguous(), deviations, codec)
+    return basis, expected_error(relative, plan, codec) * float(weights.max())
