@@ -22,6 +22,7 @@ from benchmarks.kvcache.configurations import (
     PROD,
     QUANTO,
     QUANTO_WINDOW,
+    TRELLIS,
     Configuration,
 )
 from benchmarks.kvcache.product import PQCodec, trained
@@ -134,6 +135,12 @@ def kept(wanted: Configuration, subject: Subject) -> Pairs:
     return [pair] * layers
 
 
+def trellis(wanted: Configuration, subject: Subject) -> Pairs:
+    layers, _, dim = subject.shape
+    keys = TurboCodec(dim, wanted.key_bits, seed=subject.seed, codec="trellis")
+    return [(keys, TurboCodec(dim, wanted.value_bits, seed=subject.seed + 1, codec="trellis"))] * layers
+
+
 def prod(wanted: Configuration, subject: Subject) -> Pairs:
     layers, _, dim = subject.shape
     keys = TurboCodec(dim, wanted.key_bits, "prod", seed=subject.seed)
@@ -184,6 +191,7 @@ def trained_books(wanted: Configuration, subject: Subject) -> list[list[list[dic
 SIMULATED: dict[str, Callable[[Configuration, Subject], Pairs]] = {
     KEPT: kept,
     PROD: prod,
+    TRELLIS: trellis,
     PQ: product_quantization,
     QUANTO_WINDOW: quanto_window,
 }

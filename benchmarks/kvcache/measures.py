@@ -18,7 +18,7 @@ from benchmarks.kvcache.configurations import Configuration
 MEASURED_FROM = 320  # residual 128, four sinks, the largest block and a chunk
 NEEDLE_LENGTHS = (1024, 2048, 4096)
 NEEDLE_DEPTHS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-BYTES_LENGTHS = (2052, 4100)  # multiples of every block above the sinks
+BYTES_LENGTHS = (2048, 4096)  # whole blocks, and whole chunks, apart
 
 Group = list[tuple[Configuration, Built]]
 Keep = Callable[[Configuration, str, dict[str, Any]], None]

@@ -71,9 +71,8 @@ def measured_bytes(
         recorded: of `states`, at least `longer` tokens.
         make: an empty cache.
         chunk: tokens fed at a time.
-        shorter: a multiple of the cache's block above its window, so that the difference of the two lengths is whole
-            blocks.
-        longer: the same.
+        shorter: tokens at first; a multiple of `chunk`.
+        longer: tokens at last; the difference is a multiple of the block, so that the dense window is as long at both.
     """
     cache = make()
     replay(recorded, cache, chunk, shorter)

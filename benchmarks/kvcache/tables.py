@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.kvcache.configurations import DENSE, KEPT, OURS, PROD
+from benchmarks.kvcache.configurations import DENSE, KEPT, OURS, PROD, TRELLIS
 from benchmarks.kvcache.language_model import LARGE_KEY_BIAS, PLAIN
 from benchmarks.tables import markdown, provenance
 
@@ -42,13 +42,17 @@ def usual(run: Run) -> bool:
 
 def short(result: dict[str, Any]) -> str:
     """TurboQuant at every width and the rivals, on the plain model."""
-    runs = [run for run in result["runs"] if usual(run) and run["family"] not in (KEPT, PROD) and not run["options"]]
+    runs = [
+        run
+        for run in result["runs"]
+        if usual(run) and run["family"] not in (KEPT, PROD, TRELLIS) and not run["options"]
+    ]
     return quality_table(result, runs)
 
 
 def choices(result: dict[str, Any]) -> str:
     """What each choice costs or gains: the offset, the window, the block, the paper's form."""
-    runs = [run for run in result["runs"] if run["variant"] == PLAIN and run["family"] in (OURS, KEPT, PROD)]
+    runs = [run for run in result["runs"] if run["variant"] == PLAIN and run["family"] in (OURS, KEPT, PROD, TRELLIS)]
     return quality_table(result, runs)
 
 
