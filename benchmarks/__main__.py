@@ -12,6 +12,7 @@ COMMANDS = {
     "kernels": ("benchmarks.kernels", "the GPU scan against float16 matrix products and topk, and against the limits"),
     "gpu": ("benchmarks.gpu", "the index on a GPU: recall with int8 and exact queries, and speed"),
     "kvcache": ("benchmarks.kvcache.run", "the compressed KV cache against the dense one and its rivals"),
+    "attention": ("benchmarks.attention", "decode attention from compressed keys and values beside the dense kernels"),
     "distortion": ("benchmarks.distortion", "the codec's distortion and inner-product error beside theory"),
 }
 

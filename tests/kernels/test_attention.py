@@ -314,3 +314,14 @@ def test_refusals(oracle, device):
     odd = Case(oracle, device, block=24).context()
     with pytest.raises(BackendError, match="no kernel for blocks of 24 tokens"):
         kernels.attention(case.query, odd, scaling=1.0, backend="triton")
+
+
+@pytest.mark.parametrize("plan", ["4 bits, whole", "3 bits, whole", "bands"])
+def test_logits_alone(oracle, device, plan):
+    from tqsearch.kernels.attention_logits_triton import logits
+
+    case = Case(oracle, device, keys=PLANS[plan], heads=2, queries=3)
+    keys = np.repeat(case.keys.vectors + case.offset.cpu().double().numpy()[None, :, None], case.group, axis=1)
+    expected = case.query.cpu().double().numpy() @ keys.swapaxes(2, 3) * case.scaling
+    found = logits(case.query, case.keys.on(device), case.offset, case.scaling, block=64)
+    assert np.abs(found.cpu().double().numpy() - expected).max() <= 1e-3 * np.abs(expected).max()
