@@ -1,8 +1,8 @@
 """`python -m benchmarks attention`: decode attention from the codes beside the library's dense attention.
 
 One step of a model with 32 query heads, 8 KV heads and head dimension 128, bfloat16. The rival is
-`scaled_dot_product_attention` with `enable_gqa`, the faster of its flash and cuDNN backends, on dense keys and values of
-the same length. Both are timed by device events over replays of a CUDA graph, which leaves Python's launches out, and
+`scaled_dot_product_attention` with `enable_gqa`, the faster of its flash and cuDNN backends, on dense keys and values
+of the same length. Both are timed by device events over replays of a CUDA graph, which leaves Python's launches out, and
 again called one by one. Codes are random bytes: time does not depend on them. The limit is a large device-to-device
 copy in the same run, bytes read and written. Logits alone, of 4-bit keys, stand beside `torch.matmul` of float32 keys.
 """
@@ -135,7 +135,6 @@ def logit_row(batch: int, tokens: int) -> list[Any]:
     exact = torch.randn((batch, HEADS, tokens, DIM), device="cuda")
     grouped = query.view(batch, HEADS, QUERY_HEADS // HEADS, DIM)
     rival = replayed(lambda: torch.matmul(grouped, exact.transpose(2, 3)))
-    del exact
     past = context(batch, tokens + SINKS + RECENT, (4, 4))
     time = replayed(lambda: logits(query, past.keys, past.offset, 1 / math.sqrt(DIM)))
     return [batch, tokens, round(time, 4), round(rival, 4), round(rival / time, 2)]

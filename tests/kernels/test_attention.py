@@ -276,7 +276,7 @@ def test_many_splits(oracle, device, monkeypatch):
     from tqsearch.kernels import attention_triton
 
     for blocks in (1, 9):
-        monkeypatch.setattr(attention_triton, "_splits", lambda *_, blocks=blocks: blocks)
+        monkeypatch.setattr(attention_triton, "_blocks_a_split", lambda *_, blocks=blocks: blocks)
         Case(oracle, device, blocks=9, block=32, seed=2).check("triton")
 
 

@@ -53,13 +53,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _splits(programs: int, blocks: int, device: torch.device) -> int:
-    """Blocks a program takes: so few that there are some programs for each place on the device."""
-    wanted = max(1, _PROGRAMS * _processors(device) // programs)
-    return max(1, -(-blocks // wanted))
+def _blocks_a_split(programs: int, blocks: int, device: torch.device) -> int:
+    """Blocks a program takes: some 8 programs a multiprocessor, or 4 where each would have but few blocks."""
+    few, many = (max(1, per * _processors(device) // programs) for per in _PROGRAMS)
+    return max(-(-blocks // many), min(_FEW_BLOCKS, -(-blocks // few)))
 
 
-_PROGRAMS = 4  # programs a multiprocessor to aim at
+_PROGRAMS = (4, 8)
+_FEW_BLOCKS = 16
 _CHUNK = 32  # slots a program prepares; divides those of a band
 _WARPS, _STAGES = 4, 3
 _REGISTERS: int | None = None
@@ -134,7 +135,7 @@ def attention(
     first_seen = 0 if sliding_window is None else max(0, context.length - count - sliding_window + 1)
     first_block = min(max(0, first_seen - sinks.keys.shape[2]), compressed) // block
     blocks = compressed // block - first_block
-    blocks_a_split = _splits(tasks, blocks, device) if blocks else 1
+    blocks_a_split = _blocks_a_split(tasks, blocks, device) if blocks else 1
     splits = -(-blocks // blocks_a_split)
 
     allocate = torch.zeros if any(band.width == 0 for band in values.bands) else torch.empty
