@@ -2,7 +2,7 @@
 
 One step of a model with 32 query heads, 8 KV heads and head dimension 128, bfloat16. The rival is
 `scaled_dot_product_attention` with `enable_gqa`, the faster of its flash and cuDNN backends, on dense keys and values
-of the same length. Both are timed by device events over replays of a CUDA graph, which leaves Python's launches out, and
+of the same length. Both are timed by device events over replays of a CUDA graph, without the launches of Python, and
 again called one by one. Codes are random bytes: time does not depend on them. The limit is a large device-to-device
 copy in the same run, bytes read and written. Logits alone, of 4-bit keys, stand beside `torch.matmul` of float32 keys.
 """

@@ -63,7 +63,6 @@ _PROGRAMS = (4, 8)
 _FEW_BLOCKS = 16
 _CHUNK = 32  # slots a program prepares; divides those of a band
 _WARPS, _STAGES = 4, 3
-_REGISTERS: int | None = None
 
 
 def _power(value: int, least: int = 16) -> int:
@@ -210,7 +209,6 @@ def attention(
         ASSEMBLED=_assembled(),
         num_warps=_WARPS,
         num_stages=_STAGES,
-        maxnreg=_REGISTERS,
     )
     chunk = 32 if rows < 16 else 64
     merge[(tasks, -(-value_dim // chunk))](
