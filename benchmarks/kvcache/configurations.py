@@ -14,7 +14,7 @@ TRELLIS = "TurboQuant, trellis"
 PQ, QUANTO, HQQ, QUANTO_WINDOW = "FAISS PQ", "quanto", "hqq", "quanto, our window"
 NEEDS = {PQ: ("faiss",), QUANTO: ("optimum.quanto",), HQQ: ("hqq",), QUANTO_WINDOW: ("optimum.quanto",)}
 
-# Of the rivals, whose caches the library makes or whose codecs are simulated, only quality is comparable everywhere.
+# What a reader must know of each family but ours; "simulated" is defined in `simulated`.
 NOTES = {
     KEPT: "the same codec with the keys' constant left in, simulated in float",
     PROD: "keys in the paper's inner-product form (one bit less for the levels, one for QJL), values in the mse form;"
@@ -23,8 +23,8 @@ NOTES = {
     " removed",
     PQ: "8-bit product quantization at the bytes of TurboQuant, trained for each layer and KV head on keys and values"
     " of documents that are not measured; simulated in float, offset removed; codebooks are not counted as bytes",
-    QUANTO: "the library's QuantizedCache, its defaults: groups of 64, residual_length 128, no sinks",
-    HQQ: "the library's QuantizedCache with HQQ, groups of 64, residual_length 128, no sinks",
+    QUANTO: "the library's QuantizedCache, its defaults: groups of 64 along a vector, residual_length 128, no sinks",
+    HQQ: "the library's QuantizedCache with HQQ, groups of 64 along a vector, residual_length 128, no sinks",
     QUANTO_WINDOW: "quanto's groups of 64 behind the same sinks and recent window as TurboQuant; simulated in float,"
     " offset kept as quanto does",
 }

@@ -18,7 +18,7 @@ from benchmarks.kvcache.configurations import Configuration
 MEASURED_FROM = 320  # residual 128, four sinks, the largest block and a chunk
 NEEDLE_LENGTHS = (1024, 2048, 4096)
 NEEDLE_DEPTHS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-BYTES_LENGTHS = (2048, 4096)  # whole blocks, and whole chunks, apart
+BYTES_LENGTHS = (2048, 3968)  # apart by whole blocks, and by whole periods of the window of quanto and hqq
 
 Group = list[tuple[Configuration, Built]]
 Keep = Callable[[Configuration, str, dict[str, Any]], None]

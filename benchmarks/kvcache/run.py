@@ -11,6 +11,7 @@ A run adds to the file at --output: measure one family, or one part, at a time w
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def measure(
         built.append((one, build.build(one, subject)))
     around = {
         "environment": environment(options.seed),
+        "transformers": importlib.metadata.version("transformers"),
         "dtype": "float32",
         "chunk": options.chunk,
         "batch": options.batch,

@@ -32,7 +32,9 @@ class SimulatedLayer(DynamicLayer):
         residual: recent tokens that stay exact, at least.
         sinks: first tokens that stay exact.
         block: tokens that are compressed at a time.
-        remove_offset: whether the keys' mean at the first compression is taken off before they are coded.
+        remove_offset: whether the keys' mean is taken off before they are coded. It is the mean of the sinks and of
+            what is compressed first, fewer tokens than `TurboQuantCache` has for it, which costs a simulated codec some 5 %
+            of KL (measured: 0.00476 simulated, 0.00450 in the cache, for the same codec at K3V3).
     """
 
     def __init__(
