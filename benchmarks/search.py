@@ -87,7 +87,8 @@ def save(path: Path, result: dict[str, Any]) -> None:
     """Write beside and rename, so that an interruption leaves a whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    head = json.dumps(result | {"runs": []}, indent=1)
+    rest = {name: value for name, value in result.items() if name != "runs"}
+    head = json.dumps(rest | {"runs": []}, indent=1)
     runs = ",\n".join("  " + json.dumps(run) for run in result["runs"])  # a line each: lists of times are long
     temporary.write_text(head.removesuffix("[]\n}") + f"[\n{runs}\n ]\n}}\n")
     temporary.replace(path)

@@ -135,3 +135,14 @@ def test_of_equal_bytes_the_better_is_shown() -> None:
     runs = [run("r", "worse", 3, 10, 0.5), run("r", "better", 4, 10, 0.6)]
     for budget in (10, 10.5):
         assert [shown["setting"] for shown in tables.at_budget(runs, budget)] == ["better"]
+
+
+def test_the_gpu_table_puts_pq_of_as_many_bytes_after_each_width() -> None:
+    rows = [[1, "no", 10, 0.6, 0.61, 0.2, 1000, 20000, 300000], [1, "yes", 10, 0.7, 0.71, 0.2, 1000, 20000, 300000]]
+    lines = tables.gpu({"environment": ENVIRONMENT, "rows": rows}, RESULT).splitlines()
+    assert lines[2] == "| TurboQuant, 1 bit | GPU | 10 | 0.600 | 0.610 | 0.2 | 1,000 | 20,000 | 300,000 |"
+    assert lines[3].startswith("| TurboQuant centred, 1 bit | GPU | 10 | 0.700 | 0.710 ")
+    assert lines[4] == "| FAISS PQ, `PQ10x8` | CPU | 10 | 0.610 |  | 12 | 12 | 346 | 123,000 |"
+    assert len(lines) == 7
+    alone = tables.gpu({"environment": ENVIRONMENT, "rows": rows}, None)
+    assert "FAISS" not in alone

@@ -76,6 +76,24 @@ def test_a_crash_is_a_row_and_a_failure(
     assert "1 of 2 runs failed" in capsys.readouterr().err
 
 
+def test_update_measures_the_families_named_and_keeps_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_data(monkeypatch, np.load(folder / "small-base.npy"))
+    runs = [("TurboQuant", 1), ("exact", 32)]
+    monkeypatch.setattr(search, "plan", lambda *_, **__: ({1: 6}, runs, {}))
+    assert search.main(["--quick", "--out", str(folder)]) == 0
+    path = folder / "search-small-quick.json"
+    before = json.loads(path.read_text())
+    kept = {**before["runs"][0], "add_seconds": 99.0}
+    path.write_text(json.dumps(before | {"runs": [kept, {**before["runs"][1], "recall": {}}]}))
+    assert search.main(["--quick", "--out", str(folder), "--only", "exact", "--update"]) == 0
+    after = json.loads(path.read_text())
+    assert {row["family"]: row for row in after["runs"]}["TurboQuant"] == kept
+    assert {row["family"]: row for row in after["runs"]}["exact"]["recall"] == before["runs"][1]["recall"]
+    assert list(after["again"]) == ["exact"]
+    with pytest.raises(SystemExit):
+        search.main(["--quick", "--out", str(folder), "--update"])
+
+
 def test_recalls_of_narrow_results() -> None:
     ids = np.arange(40).reshape(2, 20)
     assert recalls(ids, ids) == {"1@1": 1.0, "1@10": 1.0, "10@10": 1.0}

@@ -74,7 +74,7 @@ def _first_bits(x, boundaries_ptr, WIDTH: tl.constexpr):
     return code
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def encode_kernel(
     vectors_ptr,  # (n, DIM) float32, float16 or bfloat16
     factors_ptr,  # (ROUNDS, DIM) float32
@@ -90,8 +90,6 @@ def encode_kernel(
     products_ptr,  # (n,) float32
     scratch_ptr,  # (programs, ROWS, DIM) float32
     n,
-    row_stride,
-    column_stride,
     packed_stride,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -113,7 +111,7 @@ def encode_kernel(
         column = tl.arange(0, PADDED)
         there = column < DIM
         inside = (row < n)[:, None] & there[None, :]
-        pointers = vectors_ptr + row[:, None] * row_stride + column[None, :] * column_stride
+        pointers = vectors_ptr + row[:, None] * DIM + column[None, :]
         x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         if UNIT:
             x, _ = _normalised(x, DIM)
@@ -253,6 +251,10 @@ def encode(
     products = torch.zeros_like(norms) if centre is None else torch.empty_like(norms)
     if count == 0:
         return packed, norms, dots, products
+    if not vectors.is_contiguous() or vectors.data_ptr() % 16:
+        # Another alignment would be another compiled kernel, with sums in another order: a row's codes must not depend
+        # on where it lies.
+        vectors = vectors.clone(memory_format=torch.contiguous_format)
     layout = _layout(bands)
     padded = max(_BYTE, triton.next_power_of_2(dim))
     rows = max(1, _PROGRAM // padded)
@@ -275,8 +277,6 @@ def encode(
         products,
         none if orders is None else torch.empty((programs, rows, dim), device=vectors.device),
         count,
-        vectors.stride(0),
-        vectors.stride(1),
         packed.stride(0),
         DIM=dim,
         PADDED=padded,
