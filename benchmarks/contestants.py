@@ -113,6 +113,11 @@ def turboquant_size(dim: int, bits: float, metric: str) -> int:
     return int(TurboQuantIndex(dim, bits=bits, metric=metric).bytes_per_vector)  # type: ignore[arg-type]
 
 
+def turboquant(**options: Any) -> Callable[[Problem, float], Engine]:
+    """Builds this package's index with options of `TurboQuantEngine`."""
+    return lambda problem, bits: TurboQuantEngine(problem.dim, bits, problem.metric, problem.seed, **options)
+
+
 def build_pq(problem: Problem, code_bytes: int) -> Engine:
     return FaissEngine(faiss_pq(problem.dim, code_bytes, problem.metric, iterations=problem.pq_iterations))
 
@@ -168,17 +173,26 @@ FAMILIES: dict[str, Family] = {
             name="TurboQuant",
             label=width_text,
             size=packed,
-            build=lambda problem, bits: TurboQuantEngine(problem.dim, bits, problem.metric, problem.seed),
+            build=turboquant(),
             choices=(),  # the widths of the budgets: see `plan`
         ),
         Family(
             name="TurboQuant centred",
             label=width_text,
             size=packed,
-            build=lambda problem, bits: TurboQuantEngine(problem.dim, bits, problem.metric, problem.seed, centred=True),
+            build=turboquant(learn="centre"),
             choices=(),
             trained=True,
-            note="after `index.train(sample)`: the sample's mean is taken off, as RaBitQ and EDEN do",
+            note='after `index.train(sample, learn="centre")`: the sample\'s mean is taken off, as RaBitQ and EDEN do',
+        ),
+        Family(
+            name="TurboQuant trained",
+            label=width_text,
+            size=packed,
+            build=turboquant(learn="axes"),
+            choices=(),
+            trained=True,
+            note="after `index.train(sample)`: principal axes, and more bits for those that matter more",
         ),
         Family(
             name="FAISS PQ",

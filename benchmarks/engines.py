@@ -67,19 +67,19 @@ class FaissEngine:
 
 
 class TurboQuantEngine:
-    """The index of this package, on the CPU; `centred` lets it learn the mean of the training sample."""
+    """The index of this package, on the CPU; `learn` is what it learns of the training sample, "" for nothing."""
 
-    def __init__(self, dim: int, bits: float, metric: str, seed: int, *, centred: bool = False) -> None:
+    def __init__(self, dim: int, bits: float, metric: str, seed: int, *, learn: str = "") -> None:
         from tqsearch import TurboQuantIndex
 
         self.index = TurboQuantIndex(dim, bits=bits, metric=metric, seed=seed)  # type: ignore[arg-type]
 
-        self._centred = centred
+        self._learn = learn
 
     def train(self, sample: Vectors) -> None:
-        """Nothing is learned from data, unless centred."""
-        if self._centred:
-            self.index.train(sample)
+        """Nothing is learned from data, unless it was asked for."""
+        if self._learn:
+            self.index.train(sample, learn=self._learn)  # type: ignore[arg-type]
 
     def add(self, vectors: Vectors) -> None:
         """Encode and keep."""

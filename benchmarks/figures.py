@@ -8,7 +8,9 @@ from benchmarks.tables import EXACT, OURS, families
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the marker says the same again.
 OUR_COLOUR = "#D55E00"
-OUR_MARKERS = dict(zip(OURS, "od", strict=True))
+OUR_STYLES = dict(
+    zip(OURS, zip((OUR_COLOUR, "#F0A070", "#B00020", "#7B2D8E", "#3F007D"), "odpHP", strict=True), strict=False)
+)
 STYLES = (
     ("#0072B2", "s"),
     ("#56B4E9", "D"),
@@ -67,13 +69,7 @@ def chart(
     figure, axes = plt.subplots(figsize=(8.6, 5.0), layout="constrained")
     styles = iter(STYLES)
     for family, runs in families(result).items():
-        colour, marker = (
-            (OUR_COLOUR, OUR_MARKERS[family])
-            if family in OURS
-            else ("#000000", "*")
-            if family == EXACT
-            else next(styles)
-        )
+        colour, marker = OUR_STYLES[family] if family in OURS else ("#000000", "*") if family == EXACT else next(styles)
         shown = [run for run in runs if "error" not in run and "10@10" in run["recall"]]
         shown = [run for run in shown if run["bytes_per_vector"] <= limit or (family == EXACT and logarithmic == "y")]
         if not shown:

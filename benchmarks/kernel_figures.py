@@ -43,7 +43,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="queries a batch", ylabel="queries a second")
     first = rows[0]
     axes.set_title(
-        f"{first['vectors']:,} x {first['d']:,}, k = 10, one {result['environment']['device'].split('+')[-1]}"
+        f"{first['vectors']:,} x {first['d']:,}, k = 10, one {result['environment']['device'].split('+')[-1].strip()}"
     )
     axes.set_xticks(list(exact), [str(batch) for batch in exact])
     axes.minorticks_off()
