@@ -51,11 +51,13 @@ def _read(rows, places):
     return np.stack(columns, axis=1)
 
 
-@pytest.mark.parametrize("along_tokens", [False, True])
+PLANS = [[(64, 4)], [(64, 3)], [(80, 2)], [(32, 1)], [(32, 8)], [(16, 4), (24, 3)], [(8, 8), (8, 0), (16, 2)]]
+
+
 @pytest.mark.parametrize(
-    "pairs", [[(64, 4)], [(64, 3)], [(80, 2)], [(32, 1)], [(32, 8)], [(16, 4), (24, 3)], [(8, 8), (8, 0), (16, 2)]]
+    ("pairs", "along_tokens", "block"),
+    [*((pairs, along, 128) for pairs in PLANS for along in (False, True)), ([(64, 3)], True, 32)],
 )
-@pytest.mark.parametrize("block", [32, 128])
 def test_codes_and_scales(oracle, device, pairs, along_tokens, block):
     rng = np.random.default_rng(0)
     dim, heads, count = sum(size for size, _ in pairs), 2, 128
