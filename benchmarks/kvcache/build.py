@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kvcache.calibrated import CalibratedCodec, head_transform
 from benchmarks.kvcache.codecs import QuantoCodec, TurboCodec
 from benchmarks.kvcache.configurations import (
+    CALIBRATED,
     DENSE,
     HQQ,
     KEPT,
@@ -25,6 +27,7 @@ from benchmarks.kvcache.configurations import (
     TRELLIS,
     Configuration,
 )
+from benchmarks.kvcache.moments import moments
 from benchmarks.kvcache.product import PQCodec, trained
 from benchmarks.kvcache.simulated import Codec, formula_bytes, simulated_cache
 from benchmarks.kvcache.storage import states
@@ -141,6 +144,16 @@ def trellis(wanted: Configuration, subject: Subject) -> Pairs:
     return [(keys, TurboCodec(dim, wanted.value_bits, seed=subject.seed + 1, codec="trellis"))] * layers
 
 
+def calibrated(wanted: Configuration, subject: Subject) -> Pairs:
+    _, _, dim = subject.shape
+    values = TurboCodec(dim, wanted.value_bits, seed=subject.seed + 1)
+    found: Pairs = []
+    for queries, keys in moments(subject.model, subject.training):
+        heads = [head_transform(*pair, wanted.key_bits) for pair in zip(keys, queries, strict=True)]
+        found.append((CalibratedCodec(heads), values))
+    return found
+
+
 def prod(wanted: Configuration, subject: Subject) -> Pairs:
     layers, _, dim = subject.shape
     keys = TurboCodec(dim, wanted.key_bits, "prod", seed=subject.seed)
@@ -192,6 +205,7 @@ SIMULATED: dict[str, Callable[[Configuration, Subject], Pairs]] = {
     KEPT: kept,
     PROD: prod,
     TRELLIS: trellis,
+    CALIBRATED: calibrated,
     PQ: product_quantization,
     QUANTO_WINDOW: quanto_window,
 }

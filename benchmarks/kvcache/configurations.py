@@ -10,7 +10,7 @@ from benchmarks.kvcache.language_model import LARGE_KEY_BIAS, PLAIN
 
 PARTS = ("quality", "needle", "greedy", "bytes", "speed")
 DENSE, OURS, KEPT, PROD = "dense", "TurboQuant", "TurboQuant, offset kept", "TurboQuant, prod keys"
-TRELLIS = "TurboQuant, trellis"
+TRELLIS, CALIBRATED = "TurboQuant, trellis", "TurboQuant, calibrated keys"
 PQ, QUANTO, HQQ, QUANTO_WINDOW = "FAISS PQ", "quanto", "hqq", "quanto, our window"
 NEEDS = {PQ: ("faiss",), QUANTO: ("optimum.quanto",), HQQ: ("hqq",), QUANTO_WINDOW: ("optimum.quanto",)}
 
@@ -21,6 +21,8 @@ NOTES = {
     " simulated in float, offset removed",
     TRELLIS: "keys and values along a trellis of 256 states instead of scalar levels; simulated in float, offset"
     " removed",
+    CALIBRATED: "keys in a basis fitted to the keys and queries of documents that are not measured, see `calibrated`;"
+    " simulated in float, offset removed; the basis is not counted as bytes",
     PQ: "8-bit product quantization at the bytes of TurboQuant, trained for each layer and KV head on keys and values"
     " of documents that are not measured; simulated in float, offset removed; codebooks are not counted as bytes",
     QUANTO: "the library's QuantizedCache, its defaults: groups of 64 along a vector, residual_length 128, no sinks",
@@ -102,7 +104,7 @@ def catalogue() -> list[Configuration]:
     mixed = ((4, 4), (3, 3), (2, 2), (4, 2))
     found += [Configuration(OURS, *pair, variant=LARGE_KEY_BIAS, parts=("quality", "needle")) for pair in mixed]
     found += [Configuration(KEPT, *pair, variant=variant) for variant in (PLAIN, LARGE_KEY_BIAS) for pair in mixed]
-    found += [Configuration(family, bits, bits) for family in (PROD, TRELLIS) for bits in (4, 3, 2)]
+    found += [Configuration(family, bits, bits) for family in (PROD, TRELLIS, CALIBRATED) for bits in (4, 3, 2)]
     found += [Configuration(PQ, bits, bits) for bits in (4, 3, 2)]
     found += [Configuration(family, bits, bits) for family in (QUANTO, HQQ, QUANTO_WINDOW) for bits in (4, 2)]
     return found

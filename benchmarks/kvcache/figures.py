@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kvcache.configurations import HQQ, KEPT, OURS, PQ, PROD, QUANTO, QUANTO_WINDOW, TRELLIS
+from benchmarks.kvcache.configurations import CALIBRATED, HQQ, KEPT, OURS, PQ, PROD, QUANTO, QUANTO_WINDOW, TRELLIS
 from benchmarks.kvcache.language_model import LARGE_KEY_BIAS, PLAIN
 from benchmarks.kvcache.tables import Run, usual
 
@@ -15,6 +15,7 @@ STYLES = {
     OURS: ("#D55E00", "o"),
     PROD: ("#CC79A7", "v"),
     TRELLIS: ("#882255", "*"),
+    CALIBRATED: ("#AA4499", "P"),
     KEPT: ("#E69F00", ">"),
     PQ: ("#0072B2", "s"),
     QUANTO: ("#009E73", "^"),

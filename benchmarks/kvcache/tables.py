@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.kvcache.configurations import DENSE, KEPT, OURS, PROD, TRELLIS
+from benchmarks.kvcache.configurations import CALIBRATED, DENSE, KEPT, OURS, PROD, TRELLIS
 from benchmarks.kvcache.language_model import LARGE_KEY_BIAS, PLAIN
 from benchmarks.tables import markdown, provenance
 
@@ -52,7 +52,11 @@ def short(result: dict[str, Any]) -> str:
 
 def choices(result: dict[str, Any]) -> str:
     """What each choice costs or gains: the offset, the window, the block, the paper's form."""
-    runs = [run for run in result["runs"] if run["variant"] == PLAIN and run["family"] in (OURS, KEPT, PROD, TRELLIS)]
+    runs = [
+        run
+        for run in result["runs"]
+        if run["variant"] == PLAIN and run["family"] in (OURS, KEPT, PROD, TRELLIS, CALIBRATED)
+    ]
     return quality_table(result, runs)
 
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from benchmarks import report  # noqa: E402
 from benchmarks.kvcache import (  # noqa: E402
     build,
+    calibrated,
     codecs,
     configurations,
     documents,
@@ -25,6 +26,7 @@ from benchmarks.kvcache import (  # noqa: E402
     greedy,
     likelihood,
     merge,
+    moments,
     needle,
     product,
     results,
@@ -359,3 +361,55 @@ def test_a_run_of_a_tiny_model_fills_the_readme(tmp_path: Path, monkeypatch: pyt
     assert "TurboQuant, prod keys K4V4" in (root / "docs" / "more.md").read_text()
     for name in figures.names(json.loads(output.read_text())):
         assert (root / "docs" / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_widths_are_those_of_least_error() -> None:
+    # Every way of giving 3 groups 0 to 4 bits each, 5 in all: the least total error, by exhaustion.
+    powers = [16.0, 3.0, 0.25]
+    errors = [1.0, 0.3634, 0.1175, 0.03454, 0.009497]  # Max (1960), of N(0, 1)
+    ways = [(a, b, 5 - a - b) for a in range(5) for b in range(5) if 0 <= 5 - a - b <= 4]
+    best = min(ways, key=lambda way: sum(power * errors[width] for power, width in zip(powers, way, strict=True)))
+    found = calibrated.allotted(torch.tensor(powers).repeat_interleave(8) / 8, 5 / 3)
+    assert found.tolist() == [width for width in best for _ in range(8)]
+
+
+def test_a_calibrated_codec_serves_the_queries_it_knows() -> None:
+    generator = torch.Generator().manual_seed(9)
+    mixing, asking = (torch.randn(32, 32, generator=generator) for _ in range(2))
+    spread = torch.logspace(0.5, -1.5, 32)
+    keys = (torch.randn(1, 1, 4000, 32, generator=generator) * spread) @ mixing
+    queries = (torch.randn(500, 32, generator=generator) * spread) @ asking
+    covariance = (keys[0, 0].T @ keys[0, 0] / 4000).double()
+    weight = (queries.T @ queries / 500).double()
+
+    def logit_error(codec: Any) -> float:
+        return float((queries @ (codec.round_trip(keys) - keys)[0, 0].T).square().mean())
+
+    wide = calibrated.CalibratedCodec([calibrated.head_transform(covariance, weight, 6)])
+    power = float((queries @ keys[0, 0].T).square().mean())
+    assert logit_error(wide) < 0.002 * power  # 6 bits leave 0.0006 of a normal variable's power
+    known = calibrated.CalibratedCodec([calibrated.head_transform(covariance, weight, 2)])
+    principal = calibrated.CalibratedCodec([calibrated.head_transform(covariance, None, 2)])
+    assert known.bytes_per_vector() == codecs.TurboCodec(32, 2).bytes_per_vector() == 10
+    assert logit_error(known) < logit_error(principal) < logit_error(codecs.TurboCodec(32, 2))
+
+
+def test_moments_are_those_of_the_caches_keys() -> None:
+    model, read = llama(num_key_value_heads=2, num_attention_heads=4), tokens(2, 30)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(read, past_key_values=cache)
+    found = moments.moments(model, read)
+    assert len(found) == 2
+    for layer, (queries, keys) in zip(cache.layers, found, strict=True):
+        for head in range(2):
+            rows = [layer.keys[document, head].double().numpy() for document in range(2)]
+            expected = sum(np.cov(part, rowvar=False, bias=True) for part in rows) / 2
+            np.testing.assert_allclose(keys[head].numpy(), expected, rtol=1e-4, atol=1e-8)
+        assert float(queries.diagonal(dim1=1, dim2=2).min()) > 0
+    # Of the first layer's queries the norm survives the rotary embedding: it is that of the projection.
+    block = model.model.layers[0]
+    with torch.no_grad():
+        asked = block.self_attn.q_proj(block.input_layernorm(model.model.embed_tokens(read)))
+    norms = asked.view(2, 30, 2, 2, 16).double().square().sum(dim=4).mean(dim=(0, 1, 3))
+    torch.testing.assert_close(found[0][0].diagonal(dim1=1, dim2=2).sum(dim=1), norms, rtol=1e-5, atol=0.0)
