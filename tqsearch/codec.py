@@ -1,7 +1,8 @@
 """What a plan's coordinates are coded by: optimal scalar levels ("scalar"), or levels along a trellis ("trellis").
 
-The trellis (`trellis`) takes the bytes of the scalar levels (`codebook`) and has less error; encoding takes longer. Its
-widths are 0 to 4: coordinates of width 0 are left out of the path.
+The trellis (`trellis`) takes the bytes of the scalar levels (`codebook`) and has less error; encoding takes longer. It
+has widths of 1 to 4 bits. Beside them a plan may have bands of 0 and of 8 bits, which learnt axes need: they are left
+out of the path, and those of 8 bits are scalar codes, whose bytes follow the trellis's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from tqsearch.plan import Band, BitPlan
 Codec = Literal["scalar", "trellis"]
 CODECS = ("scalar", "trellis")
 
+_BESIDE = (0, 8)  # widths that a trellis's plan may have beside those of the trellis
+
 
 def checked(codec: str, plan: BitPlan) -> Codec:
     """The codec, if it is one and has the plan's widths.
@@ -27,12 +30,19 @@ def checked(codec: str, plan: BitPlan) -> Codec:
         return "scalar"
     if codec != "trellis":
         raise InvalidInputError(f"codec must be one of {', '.join(map(repr, CODECS))}, got {codec!r}")
-    wide = [band.width for band in plan.bands if band.width > trellis.MAX_BITS]
-    if wide:
+    wrong = [band.width for band in plan.bands if band.width > trellis.MAX_BITS and band.width not in _BESIDE]
+    if wrong or not any(along_path("trellis", band.width) for band in plan.bands):
+        got = f"{wrong[0]} bits" if wrong else f"the plan {plan}"
         raise InvalidInputError(
-            f"codec 'trellis' has widths from 0 to {trellis.MAX_BITS}, got {wide[0]} bits; use codec 'scalar'"
+            f"codec 'trellis' needs a band of 1 to {trellis.MAX_BITS} bits, and may have others of 0 and 8 bits, got "
+            f"{got}; use codec 'scalar'"
         )
     return "trellis"
+
+
+def along_path(codec: Codec, width: int) -> bool:
+    """Whether coordinates of a width are coded along the trellis."""
+    return codec == "trellis" and width not in _BESIDE
 
 
 def distortion(codec: Codec, width: int, law_dim: int | None = None) -> float:
@@ -43,21 +53,21 @@ def distortion(codec: Codec, width: int, law_dim: int | None = None) -> float:
         width: bits.
         law_dim: the law of a coordinate, as for `lloyd_max`; the trellis's levels are those of N(0, 1) in any case.
     """
-    if codec == "scalar" or not width:
-        return lloyd_max(width, law_dim).distortion
-    return trellis.trellis_codebook(width).distortion
+    if along_path(codec, width):
+        return trellis.trellis_codebook(width).distortion
+    return lloyd_max(width, law_dim).distortion
 
 
 def band_bytes(codec: Codec, size: int, width: int) -> int:
     """Bytes of a row's codes in a band, if all bands before it are of multiples of 8 coordinates."""
-    return Band(size, width).nbytes if codec == "scalar" or not width else trellis.row_bytes([(size, width)])
+    return trellis.row_bytes([(size, width)]) if along_path(codec, width) else Band(size, width).nbytes
 
 
 def row_bytes(codec: Codec, plan: BitPlan) -> int:
     """Bytes of a row of packed codes."""
-    if codec == "scalar":
-        return plan.bytes_per_vector
-    return trellis.row_bytes([(band.size, band.width) for band in plan.bands if band.width])
+    on_path = [band for band in plan.bands if along_path(codec, band.width)]
+    beside = sum(band.nbytes for band in plan.bands if band not in on_path)
+    return beside + trellis.row_bytes([(band.size, band.width) for band in on_path])
 
 
 def plan_distortion(codec: Codec, plan: BitPlan, law_dim: int | None = None) -> float:

@@ -54,7 +54,7 @@ class TurboQuantIndex:
 
     Args:
         dim: 1 to 8192.
-        bits: width a coordinate: an integer from 1 to 8, a fraction (2.5), or a `BitPlan`; of a trellis at most 4.
+        bits: width a coordinate: an integer from 1 to 8, a fraction (2.5), or a `BitPlan`; along a trellis 1 to 4.
         metric: "cosine" and "ip": larger is nearer; "l2": squared Euclidean distance, smaller is nearer.
         device: where the codes live; None for the CPU.
         seed: any integer: which random rotation.

@@ -79,7 +79,7 @@ class TurboQuantizer:
 
     Args:
         dim: 1 to 8192.
-        bits: width a coordinate: an integer from 1 to 8, a fraction, or a `BitPlan`; of a trellis at most 4.
+        bits: width a coordinate: an integer from 1 to 8, a fraction, or a `BitPlan`; along a trellis 1 to 4.
         form: "mse" or "prod".
         rotation: "hadamard", "dense" or "identity" (the vectors' coordinates are alike already).
         seed: any integer; with the other arguments it defines the codec for ever.
@@ -198,7 +198,7 @@ class TurboQuantizer:
             law = self.scanned_dim
             bands = self.plan.bands if self.basis is None else self.basis.scanned_bands
             for band in bands:
-                if self.codec == "trellis":
+                if codecs.along_path(self.codec, band.width):
                     tables.append(_trellis_table(band, device))
                     continue
                 book = lloyd_max(band.width, law)
@@ -345,8 +345,6 @@ class TurboQuantizer:
 
 def _trellis_table(band: Band, device: torch.device) -> BandTable:
     none = torch.empty(0, device=device)
-    if not band.width:
-        return BandTable(band.size, 0, none, torch.zeros(1, device=device), (0,), 0.0, 0.0, "trellis")
     book = trellis_codebook(band.width)
     return BandTable(band.size, band.width, none, book.levels(device), book.integers, -0.5, book.step, "trellis")
 

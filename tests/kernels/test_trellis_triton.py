@@ -18,7 +18,7 @@ def decode_rows(
     planes_ptr,  # (rows, 4, 32) uint8
     table_ptr,
     out_ptr,  # (rows, 8, 32) int8
-    POLYNOMIALS: tl.constexpr,
+    TAPS: tl.constexpr,
     BITS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BACK: tl.constexpr,
@@ -35,7 +35,7 @@ def decode_rows(
         tl.load(base + 64 + columns),
         tl.load(base + 96 + columns),
         table_ptr,
-        POLYNOMIALS,
+        TAPS,
         BITS,
         ASSEMBLY,
     )
@@ -69,7 +69,7 @@ def launch(bits, quad, device):
         torch.from_numpy(planes).to(device),
         torch.tensor(kernel.steps(bits), dtype=torch.int8, device=device),
         out,
-        POLYNOMIALS=kernel.polynomials(bits),
+        TAPS=kernel.masks(bits),
         BITS=bits,
         ASSEMBLY=kernel.assembly(bits) if quad else "",
         BACK=4 if quad else 1,

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqsearch.errors import BackendError, InvalidInputError
 from tqsearch.kernels import attention_reference, reference
 from tqsearch.kernels.attention_operands import Compressed, Context, Dense
-from tqsearch.kernels.bands import BandTable, along_trellis, row_bytes
+from tqsearch.kernels.bands import BandTable, along_trellis, row_bytes, trellis_bands
 
 __all__ = [
     "BACKENDS",
@@ -192,7 +192,8 @@ def scan(
         bands: as in `encode`.
         k: how many, >= 1.
         precision: "exact" for float32 queries and levels; "int8" lets a backend round both to int8 (Triton does).
-        backend: see `select`; where the plan has 5, 6 or 7 bits "auto" is "reference".
+        backend: see `select`; "auto" is "reference" where the plan has 5, 6 or 7 bits, and along a trellis where a band
+            before another is no multiple of 8 coordinates.
 
     Returns:
         scores: (q, min(k, n)) float32, descending; -inf where fewer rows are allowed.
@@ -214,7 +215,8 @@ def scan(
 def _unscannable(bands: tuple[BandTable, ...]) -> str:
     """What keeps a scan of the bands from Triton; empty for nothing."""
     if along_trellis(bands):
-        return "trellis codes"
+        odd = [size for size, _ in trellis_bands(bands)[:-1] if size % 8]
+        return f"a trellis's band of {odd[0]} coordinates, no multiple of 8, before others" if odd else ""
     widths = {band.width for band in bands} - TRITON_WIDTHS
     return f"{min(widths)} bits" if widths else ""
 

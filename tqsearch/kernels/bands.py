@@ -22,8 +22,8 @@ class BandTable(NamedTuple):
         offset: see `steps`.
         step: see `steps`.
         codec: "scalar", or "trellis": `levels` and `steps` are then those of `trellis.trellis_codebook`, in ascending
-            order, there are no boundaries, and the bands of a row, all of this codec, are packed by `trellis.pack`,
-            those of width 0 left out.
+            order, there are no boundaries, and a row is the codes of these bands by `trellis.pack`, then those of its
+            scalar bands.
     """
 
     size: int
@@ -37,22 +37,20 @@ class BandTable(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a row's codes in this band; of codec "scalar"."""
+        """Bytes of a row's codes in this band, of codec "scalar"."""
         return Band(self.size, self.width).nbytes
 
 
 def row_bytes(bands: tuple[BandTable, ...]) -> int:
     """Bytes of one row of packed codes."""
-    if along_trellis(bands):
-        return trellis.row_bytes(trellis_bands(bands))
-    return sum(band.nbytes for band in bands)
+    return trellis.row_bytes(trellis_bands(bands)) + sum(band.nbytes for band in bands if band.codec == "scalar")
 
 
 def along_trellis(bands: tuple[BandTable, ...]) -> bool:
-    """Whether the bands' codec is "trellis"."""
+    """Whether there are bands of codec "trellis"."""
     return any(band.codec == "trellis" for band in bands)
 
 
 def trellis_bands(bands: tuple[BandTable, ...]) -> list[tuple[int, int]]:
-    """The (size, bits) pairs that `trellis` takes: of the bands of width above 0."""
-    return [(band.size, band.width) for band in bands if band.width]
+    """The (size, bits) pairs that `trellis` takes: of the bands of its codec."""
+    return [(band.size, band.width) for band in bands if band.codec == "trellis"]

@@ -97,29 +97,47 @@ def _scalar(unit: Tensor, bands: tuple[BandTable, ...]) -> tuple[Tensor, Tensor]
 
 
 def _trellis(unit: Tensor, bands: tuple[BandTable, ...], search: trellis.Search) -> tuple[Tensor, Tensor]:
-    """`_scalar` along a trellis."""
-    pairs, kept = trellis_bands(bands), _coded(bands, unit.device)
-    codes = trellis.encode((unit if kept is None else unit[kept]).t().contiguous(), pairs, search=search)
-    levels = trellis.decode(codes, pairs).t()
-    return trellis.pack(codes, pairs), levels if kept is None else torch.zeros_like(unit).index_copy_(0, kept, levels)
+    """`_scalar` where some bands go along a trellis."""
+    pairs, others = trellis_bands(bands), _others(bands)
+    on_path, beside = _places(bands, unit.device)
+    codes = trellis.encode(unit[on_path].t().contiguous(), pairs, search=search)
+    levels = torch.zeros_like(unit).index_copy_(0, on_path, trellis.decode(codes, pairs).t())
+    packed = trellis.pack(codes, pairs)
+    if others:
+        more, found = _scalar(unit[beside], others)
+        packed, levels = torch.cat([packed, more], dim=1), levels.index_copy_(0, beside, found)
+    return packed, levels
 
 
-def _coded(bands: tuple[BandTable, ...], device: torch.device) -> Tensor | None:
-    """The coordinates of width above 0; None for all."""
-    if all(band.width for band in bands):
-        return None
-    coded = [band.width > 0 for band in bands for _ in range(band.size)]
-    return torch.tensor(coded, device=device).nonzero().flatten()
+def _others(bands: tuple[BandTable, ...]) -> tuple[BandTable, ...]:
+    """The scalar bands."""
+    return tuple(band for band in bands if band.codec == "scalar")
+
+
+def _places(bands: tuple[BandTable, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The coordinates along a trellis, and the others."""
+    on_path = torch.tensor([band.codec == "trellis" for band in bands for _ in range(band.size)], device=device)
+    return on_path.nonzero().flatten(), (~on_path).nonzero().flatten()
 
 
 def decode(packed: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
     """The levels of the codes: (n, row bytes) uint8 to (n, d) float32."""
-    if along_trellis(bands):
-        pairs, kept = trellis_bands(bands), _coded(bands, packed.device)
-        levels = trellis.decode(trellis.unpack(packed, pairs), pairs)
-        if kept is None:
-            return levels
-        return levels.new_zeros((len(packed), sum(band.size for band in bands))).index_copy_(1, kept, levels)
+    return _decode_trellis(packed, bands) if along_trellis(bands) else _decode_scalar(packed, bands)
+
+
+def _decode_trellis(packed: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
+    pairs, others = trellis_bands(bands), _others(bands)
+    cut = trellis.row_bytes(pairs)
+    found = trellis.decode(trellis.unpack(packed[:, :cut], pairs), pairs)
+    if not others:
+        return found
+    on_path, beside = _places(bands, packed.device)
+    levels = found.new_empty((len(packed), sum(band.size for band in bands)))
+    levels.index_copy_(1, on_path, found)
+    return levels.index_copy_(1, beside, _decode_scalar(packed[:, cut:], others))
+
+
+def _decode_scalar(packed: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
     parts, byte = [], 0
     for band in bands:
         parts.append(_decode_band(packed[:, byte : byte + band.nbytes], band))

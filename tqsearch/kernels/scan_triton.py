@@ -6,6 +6,8 @@ of largest maximum hold the top k; `torch.topk` picks them. (3) Those tiles' row
 integer arithmetic, and the k best of them are the result. Where the tiles are not many times k, step 1 writes the
 scores themselves.
 
+Trellis codes (`trellis_triton`) go through the same steps: their columns are loaded and decoded in another way.
+
 The queries are rounded to int8 with a scale for each query and band. With `precision="exact"` levels and queries stay
 float32.
 """
@@ -22,10 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tqsearch.kernels.bands import BandTable
+from tqsearch.kernels import trellis_triton
+from tqsearch.kernels.bands import BandTable, along_trellis
 from tqsearch.kernels.decode_triton import COLUMN_DIMS, assembly, decode, slot_dims
 from tqsearch.kernels.reference import merge_top_k
 from tqsearch.plan import planes_of
+from tqsearch.trellis import row_bytes
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TILE = 128  # rows a program scores, and of which it keeps one maximum
@@ -105,9 +109,10 @@ def _band_scores(
     BAND: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BYTE: tl.constexpr,  # where the band begins in a row
-    PLANE: tl.constexpr,  # bytes of its first plane
+    BYTE: tl.constexpr,  # where the band begins in a row; along a trellis its path
+    PLANE: tl.constexpr,  # bytes of its first plane; along a trellis where its planes of f begin
     SLOT: tl.constexpr,  # where it begins in the arranged queries
+    TAPS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_Q: tl.constexpr,  # 0: one query, by sums in place of a matrix product
@@ -116,7 +121,8 @@ def _band_scores(
     EVEN_ROWS: tl.constexpr,
 ):
     """What one band adds to the scores: (TILE, BLOCK_Q) float32, or (TILE,) for one query."""
-    PARTS: tl.constexpr = 2 if WIDTH == 4 else (4 if WIDTH == 2 else (1 if WIDTH == 8 else 8))
+    SCALAR: tl.constexpr = TAPS == 0
+    PARTS: tl.constexpr = 2 if SCALAR and WIDTH == 4 else (4 if SCALAR and WIDTH == 2 else (1 if WIDTH == 8 else 8))
     DTYPE: tl.constexpr = tl.float32 if EXACT else tl.int32
     if BLOCK_Q == 0:
         acc = tl.zeros((TILE,), DTYPE)
@@ -125,10 +131,18 @@ def _band_scores(
     for start in range(0, COLUMNS, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)
         valid = (columns < COLUMNS)[None, :]
-        x, y = _columns(
-            codes_ptr, rows, row_stride, columns, valid, WIDTH, BYTE, PLANE, COLUMNS % BLOCK_C == 0, EVEN_ROWS
-        )
-        parts = decode(x, y, tables_ptr + BAND * 256, WIDTH, ASSEMBLY)
+        if SCALAR:
+            x, y = _columns(
+                codes_ptr, rows, row_stride, columns, valid, WIDTH, BYTE, PLANE, COLUMNS % BLOCK_C == 0, EVEN_ROWS
+            )
+            parts = decode(x, y, tables_ptr + BAND * 256, WIDTH, ASSEMBLY)
+        else:
+            base = codes_ptr + rows[:, None] * row_stride
+            # fmt: off
+            parts = trellis_triton.decoded(
+                base, columns, valid, tables_ptr + BAND * 256, TAPS, WIDTH, COLUMNS, BYTE, PLANE, ASSEMBLY,
+                COLUMNS % BLOCK_C == 0)
+            # fmt: on
         for p in tl.static_range(PARTS):
             slots = SLOT + start * PARTS + p * BLOCK_C + tl.arange(0, BLOCK_C)
             if BLOCK_Q == 0:
@@ -164,7 +178,8 @@ def scan_kernel(
     row_stride,
     out_stride,
     SLOTS: tl.constexpr,
-    BANDS: tl.constexpr,  # (width, columns, byte offset, offset of the 1-bit plane, slot offset) for each band
+    BANDS: tl.constexpr,  # for each band (width, columns, byte offset, offset of the 1-bit plane, slot offset, 0);
+    # along a trellis (width, columns, offset of its path, of its planes of f, slot offset, `masks`)
     ASSEMBLIES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -190,7 +205,8 @@ def scan_kernel(
         # fmt: off
         score += _band_scores(
             codes_ptr, safe, row_stride, queries_ptr, q_safe, alpha_ptr, beta_ptr, tables_ptr, SLOTS, len(BANDS), b,
-            BANDS[b][0], BANDS[b][1], BANDS[b][2], BANDS[b][3], BANDS[b][4], tl.constexpr(ASSEMBLIES[b]),
+            BANDS[b][0], BANDS[b][1], BANDS[b][2], BANDS[b][3], BANDS[b][4], BANDS[b][5],
+            tl.constexpr(ASSEMBLIES[b]),
             TILE, BLOCK_Q, BLOCK_C, EXACT, EVEN_ROWS)
         # fmt: on
     score *= tl.load(scales_ptr + safe).to(tl.float32)[:, None]
@@ -242,7 +258,8 @@ def rescore_kernel(
         # fmt: off
         score += _band_scores(
             codes_ptr, safe, row_stride, queries_ptr, query, alpha_ptr, beta_ptr, tables_ptr, SLOTS, len(BANDS), b,
-            BANDS[b][0], BANDS[b][1], BANDS[b][2], BANDS[b][3], BANDS[b][4], tl.constexpr(ASSEMBLIES[b]),
+            BANDS[b][0], BANDS[b][1], BANDS[b][2], BANDS[b][3], BANDS[b][4], BANDS[b][5],
+            tl.constexpr(ASSEMBLIES[b]),
             TILE, 0, BLOCK_C, EXACT, EVEN_ROWS)
         # fmt: on
     score *= tl.load(scales_ptr + safe).to(tl.float32)
@@ -288,7 +305,7 @@ class Layout(NamedTuple):
         steps: (bands, 2) float32, each band's step and offset; see `BandTable`.
     """
 
-    bands: tuple[tuple[int, int, int, int, int], ...]
+    bands: tuple[tuple[int, int, int, int, int, int], ...]
     assemblies: tuple[str, ...]
     slots: Tensor
     ends: tuple[int, ...]
@@ -298,34 +315,44 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _layout(
-    bands: tuple[tuple[int, int, tuple[float, ...], float, float], ...],
+    bands: tuple[tuple[int, int, str, tuple[float, ...], float, float], ...],
     block_c: int,
     exact: bool,
     aligned: bool,
     device: torch.device,
 ) -> Layout:
-    """The layout of bands given as (size, width, integers or levels by code, step, offset)."""
+    """The layout of bands given as (size, width, codec, integers or levels by number, step, offset)."""
     assembled = not (exact or INTERPRETED or torch.version.cuda is None)
-    quad = (
-        assembled
-        and aligned
-        and all(size * p % (8 * block_c) == 0 for size, width, *_ in bands for p in planes_of(width))
-    )
+    on_path = [(size, width) for size, width, codec, *_ in bands if codec == "trellis"]
+    if on_path:
+        whole = all(size % 32 == 0 for size, _ in on_path)
+    else:
+        whole = all(size * p % (8 * block_c) == 0 for size, width, *_ in bands for p in planes_of(width))
+    quad = assembled and aligned and whole
     dim = sum(size for size, *_ in bands)
     constants, assemblies, slots, tables = [], [], [], []
-    first, byte, slot = 0, 0, 0
-    for size, width, values, _, _ in bands:
-        if width:
+    first, slot = 0, 0
+    path, f_plane, byte = 0, -(-sum(size for size, _ in on_path) // 8), row_bytes(on_path)
+    for size, width, codec, values, _, _ in bands:
+        if codec == "trellis":
+            columns = -(-size // 8)
+            constants.append((width, columns, path, f_plane, slot, trellis_triton.masks(width)))
+            assemblies.append(trellis_triton.assembly(width) if quad else "")
+            dims = trellis_triton.slot_dims(-(-columns // block_c) * block_c, quad)
+            path += columns
+            f_plane += columns * (width - 1)
+        elif width:
             columns = -(-size // COLUMN_DIMS[width])
             padded = -(-columns // block_c) * block_c
             plane = -(-size * (2 if width == 3 else width) // 8)
-            constants.append((width, columns, byte, plane, slot))
+            constants.append((width, columns, byte, plane, slot, 0))
             assemblies.append(assembly(width, [int(v) for v in values], quad) if assembled else "")
             dims = slot_dims(width, padded, quad)
+            byte += plane + (-(-size // 8) if width == 3 else 0)
+        if width:
             dims = dims.reshape(len(dims), -1, block_c).transpose(1, 0, 2).ravel()  # chunk by chunk, part by part
             slots.append(np.where(dims < size, first + dims, dim))
             tables.append(np.pad(np.array(values, np.float32 if exact else np.int8), (0, 256 - len(values))))
-            byte += plane + (-(-size // 8) if width == 3 else 0)
             slot += len(dims)
         first += size
     return Layout(
@@ -334,7 +361,7 @@ def _layout(
         torch.from_numpy(np.concatenate(slots).astype(np.int32)).to(device),
         tuple(np.cumsum([len(part) for part in slots]).tolist()),
         torch.from_numpy(np.stack(tables)).to(device),
-        torch.tensor([[step, offset] for _, width, _, step, offset in bands if width], device=device),
+        torch.tensor([[step, offset] for _, width, _, _, step, offset in bands if width], device=device),
     )
 
 
@@ -410,19 +437,37 @@ _CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
 _EXACT = Config(16, 32, 4, 2)
 
 
+# The same along a trellis.
+_TRELLIS_CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
+    1: ((16, Config(16, 128, 4, 2)), (64, Config(64, 64, 4, 2)), (128, Config(128, 32, 4, 2))),
+    2: ((16, Config(16, 32, 4, 3)), (64, Config(64, 32, 4, 3)), (128, Config(128, 32, 4, 2))),
+    3: ((16, Config(16, 32, 4, 3)), (64, Config(64, 64, 4, 2)), (128, Config(128, 32, 4, 2))),
+    4: ((16, Config(16, 32, 4, 3)), (64, Config(64, 64, 4, 2)), (128, Config(128, 32, 4, 2))),
+}
+
+
 def config_for(queries: int, bands: tuple[BandTable, ...], exact: bool) -> Config:
     """How a scan of so many queries is cut; the columns a step divide the planes' bytes where 32 or more can."""
     if exact:
         return _EXACT
-    choices = _CONFIGS[max(band.width for band in bands)]
+    along = along_trellis(bands)
+    widest = max(band.width for band in bands if band.codec == "trellis" or not along)
+    choices = (_TRELLIS_CONFIGS if along else _CONFIGS)[widest]
     config = next((config for most, config in choices if queries <= most), choices[-1][1])
-    planes = [band.size * plane // 8 for band in bands for plane in planes_of(band.width)]
+    planes = [band.size // 8 for band in bands if band.codec == "trellis"]
+    if not along:
+        planes = [band.size * plane // 8 for band in bands for plane in planes_of(band.width)]
     whole = next((c for c in (128, 64, 32) if c <= config.block_c and all(plane % c == 0 for plane in planes)), None)
-    return config._replace(block_c=whole or min(config.block_c, 64))
+    return config._replace(block_c=whole or min(config.block_c, 32 if along else 64))
 
 
-def _values(band: BandTable, exact: bool) -> tuple[float, ...]:
-    return tuple(band.levels.tolist()) if exact else band.steps
+def _entries(band: BandTable, exact: bool) -> tuple[tuple[float, ...], float, float]:
+    """What a band's table holds, and what its products are multiplied by and less of: step and offset."""
+    if exact:
+        return tuple(band.levels.tolist()), band.step, band.offset
+    if band.codec == "trellis":
+        return trellis_triton.steps(band.width), band.step, trellis_triton.offset(band.width)
+    return band.steps, band.step, band.offset
 
 
 class Scanner:
@@ -442,7 +487,7 @@ class Scanner:
         self.packed, self.scales, self.bias, self.exact = packed, scales, bias, exact
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.config = config or config_for(len(queries), bands, exact)
-        key = tuple((b.size, b.width, _values(b, exact), b.step, b.offset) for b in bands)
+        key = tuple((b.size, b.width, b.codec, *_entries(b, exact)) for b in bands)
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
         self.layout = _layout(key, self.config.block_c, exact, aligned, packed.device)
         self.queries = _arrange(queries, self.layout, exact)
@@ -571,7 +616,9 @@ def _best(candidates: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
     scores = torch.empty((count, k), dtype=torch.float32, device=tiles.device)
     rows = torch.empty_like(tiles)
     block = triton.next_power_of_2(k * TILE)
-    best_kernel[(count,)](candidates, tiles, scores, rows, k, TILE=TILE, BLOCK=block, num_warps=min(8, block // 256))
+    best_kernel[(count,)](
+        candidates, tiles, scores, rows, k, TILE=TILE, BLOCK=block, num_warps=max(1, min(8, block // 256))
+    )
     return scores, rows
 
 

@@ -40,9 +40,12 @@ def steps(bits: int) -> tuple[int, ...]:
     return tuple(integer + int(offset(bits) + 0.5) for integer in trellis_codebook(bits).integers)
 
 
-def polynomials(bits: int) -> tuple[int, ...]:
-    """The taps as masks of the sixteen bits (byte, byte before), of coordinate 0: bit 8 is its own path bit."""
-    return tuple(sum(1 << (8 - back) for back in backs) for backs in trellis_codebook(bits).taps)
+def masks(bits: int) -> int:
+    """The taps as masks of the sixteen bits (byte, byte before), of coordinate 0: bit 8 is its own path bit.
+
+    The mask of parity i begins at bit 16 i of the number.
+    """
+    return sum(1 << (16 * i + 8 - back) for i, backs in enumerate(trellis_codebook(bits).taps) for back in backs)
 
 
 def slot_dims(columns: int, quad: bool) -> npt.NDArray[np.int64]:
@@ -113,44 +116,82 @@ def _nibbles(planes: list[str], place: int) -> list[str]:
 
 
 @triton.jit
-def _part(path, f1, f2, f3, table_ptr, POLYNOMIALS: tl.constexpr, BITS: tl.constexpr, PLACE: tl.constexpr):
+def decoded(
+    base,  # (rows, 1) pointers to the rows' codes
+    columns,  # (columns,)
+    valid,  # (1, columns)
+    table_ptr,
+    TAPS: tl.constexpr,
+    BITS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the band
+    FIRST: tl.constexpr,  # where its path begins in a row
+    PLANE: tl.constexpr,  # where its planes of f do
+    ASSEMBLY: tl.constexpr,
+    EVEN: tl.constexpr,  # all columns are valid
+):
+    """The parts of a tile of columns of a band, from rows of `trellis.pack`."""
+    BACK: tl.constexpr = 1 if ASSEMBLY == "" else 4
+    at = base + columns[None, :]
+    inside = (columns >= BACK - FIRST)[None, :]
+    if EVEN:
+        path = tl.load(at + FIRST)
+        before = tl.load(at + FIRST - BACK, mask=inside, other=0)
+    else:
+        path = tl.load(at + FIRST, mask=valid, other=0)
+        before = tl.load(at + FIRST - BACK, mask=inside & valid, other=0)
+    f1 = path
+    f2 = path
+    f3 = path
+    if BITS >= 2:
+        f1 = tl.load(at + PLANE) if EVEN else tl.load(at + PLANE, mask=valid, other=0)
+    if BITS >= 3:
+        f2 = tl.load(at + PLANE + COLUMNS) if EVEN else tl.load(at + PLANE + COLUMNS, mask=valid, other=0)
+    if BITS >= 4:
+        f3 = tl.load(at + PLANE + 2 * COLUMNS) if EVEN else tl.load(at + PLANE + 2 * COLUMNS, mask=valid, other=0)
+    return decode(path, before, f1, f2, f3, table_ptr, TAPS, BITS, ASSEMBLY)
+
+
+@triton.jit
+def _part(path, f1, f2, f3, table_ptr, TAPS: tl.constexpr, BITS: tl.constexpr, PLACE: tl.constexpr):
     """The entries of coordinate PLACE of each column; `path` holds the column's byte above that before it."""
+    COUNT: tl.constexpr = 2 if TAPS < 4294967296 else 3
     number = tl.zeros_like(path)
-    for i in tl.static_range(len(POLYNOMIALS)):
-        parity = (path >> PLACE) & POLYNOMIALS[i]
+    for i in tl.static_range(COUNT):
+        parity = (path >> PLACE) & ((TAPS >> (16 * i)) & 0xFFFF)
         parity ^= parity >> 8
         parity ^= parity >> 4
         parity ^= parity >> 2
         parity ^= parity >> 1
         number |= (parity & 1) << i
     if BITS >= 2:
-        number |= ((f1.to(tl.int32) >> PLACE) & 1) << len(POLYNOMIALS)
+        number |= ((f1.to(tl.int32) >> PLACE) & 1) << COUNT
     if BITS >= 3:
-        number |= ((f2.to(tl.int32) >> PLACE) & 1) << (len(POLYNOMIALS) + 1)
+        number |= ((f2.to(tl.int32) >> PLACE) & 1) << (COUNT + 1)
     if BITS >= 4:
-        number |= ((f3.to(tl.int32) >> PLACE) & 1) << (len(POLYNOMIALS) + 2)
+        number |= ((f3.to(tl.int32) >> PLACE) & 1) << (COUNT + 2)
     return tl.load(table_ptr + number)
 
 
 @triton.jit
-def decode(path, before, f1, f2, f3, table_ptr, POLYNOMIALS: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+def decode(path, before, f1, f2, f3, table_ptr, TAPS: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """The parts of a tile of columns.
 
     path, f1, f2, f3: the planes' bytes, uint8; those of f that the width does not have may be anything.
     before: the path's bytes four columns before with assembly, one column before without; zero before the row.
     table_ptr: `steps` as int8; the portable body reads it.
+    TAPS: `masks`.
     """
     # fmt: off
     if ASSEMBLY == "":
         w = (path.to(tl.int32) << 8) | before.to(tl.int32)
-        return (_part(w, f1, f2, f3, table_ptr, POLYNOMIALS, BITS, 0),
-                _part(w, f1, f2, f3, table_ptr, POLYNOMIALS, BITS, 1),
-                _part(w, f1, f2, f3, table_ptr, POLYNOMIALS, BITS, 2),
-                _part(w, f1, f2, f3, table_ptr, POLYNOMIALS, BITS, 3),
-                _part(w, f1, f2, f3, table_ptr, POLYNOMIALS, BITS, 4),
-                _part(w, f1, f2, f3, table_ptr, POLYNOMIALS, BITS, 5),
-                _part(w, f1, f2, f3, table_ptr, POLYNOMIALS, BITS, 6),
-                _part(w, f1, f2, f3, table_ptr, POLYNOMIALS, BITS, 7))
+        return (_part(w, f1, f2, f3, table_ptr, TAPS, BITS, 0),
+                _part(w, f1, f2, f3, table_ptr, TAPS, BITS, 1),
+                _part(w, f1, f2, f3, table_ptr, TAPS, BITS, 2),
+                _part(w, f1, f2, f3, table_ptr, TAPS, BITS, 3),
+                _part(w, f1, f2, f3, table_ptr, TAPS, BITS, 4),
+                _part(w, f1, f2, f3, table_ptr, TAPS, BITS, 5),
+                _part(w, f1, f2, f3, table_ptr, TAPS, BITS, 6),
+                _part(w, f1, f2, f3, table_ptr, TAPS, BITS, 7))
     elif BITS == 1:
         return tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [path, before],
             (tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), True, 4)

@@ -6,8 +6,6 @@ queries in it. Coordinates are given widths in blocks of consecutive ones, so th
 
     minimise  sum_j W_j D(b_j)   over b_j in {0, 1, 2, 3, 4, 8},   subject to  sum_j bytes_j(b_j) <= budget,
 
-(without 8 along a trellis)
-
 with W_j the sum of the weights in block j: a knapsack with one choice a block.
 
 **Why it is the optimum.** Let F(j, r) be the least cost of blocks j, j + 1, ... within r bytes. Whatever width b
@@ -32,8 +30,7 @@ from tqsearch.codec import Codec, band_bytes, distortion
 from tqsearch.errors import InvalidInputError
 from tqsearch.plan import BitPlan
 
-# Those that every kernel decodes.
-WIDTHS: dict[Codec, tuple[int, ...]] = {"scalar": (0, 1, 2, 3, 4, 8), "trellis": (0, 1, 2, 3, 4)}
+WIDTHS = (0, 1, 2, 3, 4, 8)  # those that every kernel decodes
 
 Array = npt.NDArray[np.float64]
 
@@ -75,7 +72,7 @@ def _optimal_widths(block_weights: Array, sizes: list[int], budget: int, codec: 
     choices = np.zeros((len(sizes), budget + 1), dtype=np.uint8)
     for j in reversed(range(len(sizes))):
         current = np.full(budget + 1, math.inf)
-        for width in WIDTHS[codec]:
+        for width in WIDTHS:
             nbytes = band_bytes(codec, sizes[j], width)
             if nbytes > budget:  # in a small block a wider code can be the shorter: 3 bits are two planes
                 continue
