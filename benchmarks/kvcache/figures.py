@@ -97,6 +97,7 @@ def perplexity_by_bits(result: dict[str, Any], path: Path) -> None:
             for run in result["runs"]
             if (run["family"], run["variant"], run["residual"], run["block"]) == (family, variant, 128, 16)
             and run["key_bits"] == run["value_bits"]
+            and not run["options"]
             and "quality" in run
         ]
         if not runs:
@@ -113,6 +114,7 @@ def perplexity_by_bits(result: dict[str, Any], path: Path) -> None:
         )
     axes.axhline(0.0, color="#888888", linewidth=0.8)
     axes.set_yscale("symlog", linthresh=1.0)
+    axes.set_ylim(bottom=-1.0 if axes.dataLim.y0 > -1.0 else None)
     axes.set_xlabel("bits a coordinate of keys and values", fontsize=11)
     axes.set_ylabel("change of perplexity, % (linear up to 1, then logarithmic)", fontsize=11)
     finish(figure, axes, f"{result['model']['name']}: perplexity against bits", path)

@@ -83,7 +83,8 @@ def measure(
     count = max(options.tokens // options.length, len(texts))
     rows, names = documents.measured(texts, count, options.length)
     rows = rows.to(options.device)
-    training = documents.held_out(texts, min(TRAINING_DOCUMENTS, len(rows)), len(rows), options.length)
+    trained_on = min(2 if options.quick else TRAINING_DOCUMENTS, len(rows))
+    training = documents.held_out(texts, trained_on, len(rows), options.length)
     subject = build.Subject(model, training, options.seed, options.codebooks)
     built: list[tuple[Configuration, build.Built]] = []
     for one in wanted:
