@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from tqsearch.datasets import Dataset
-from tqsearch.progress import progress
 from tqsearch.index import TurboQuantIndex
+from tqsearch.progress import progress
 from tqsearch.recall import recall
 
 K = 10

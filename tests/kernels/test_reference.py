@@ -1,6 +1,5 @@
 """The reference ops against numpy float64. Tables of small integers make scores exact in float32: equal, not close."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -9,9 +9,9 @@ import urllib.request
 from pathlib import Path
 
 from tqsearch.datasets.optional import needs
-from tqsearch.progress import progress
 from tqsearch.datasets.registry import Entry
 from tqsearch.errors import DatasetError
+from tqsearch.progress import progress
 
 FOLDER_VARIABLE = "TQSEARCH_DATA"
 CHUNK = 1 << 20

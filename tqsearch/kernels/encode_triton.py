@@ -213,7 +213,9 @@ def _layout(bands: tuple[BandTable, ...]) -> Layout:
     boundaries = torch.full((len(bands), 1 << width), torch.inf)
     levels = torch.zeros((len(bands), 1 << width))
     dim = sum(band.size for band in bands)
-    rows, places, planes = [], [], []
+    rows: list[int] = []
+    places: list[int] = []
+    planes = []
     first, byte = 0, 0
     for number, band in enumerate(bands):
         boundaries[number, : len(band.boundaries)] = band.boundaries.cpu()
@@ -231,8 +233,8 @@ def _layout(bands: tuple[BandTable, ...]) -> Layout:
     rows += [0] * (padded - dim)
     moved = places[:dim] != list(range(dim))
     places += [dim] * ((triton.next_power_of_2(len(places)) if moved else padded) - len(places))
-    integers = (torch.tensor(values, dtype=torch.int32, device=device) for values in (rows, places))
-    return Layout(boundaries.to(device), levels.to(device), *integers, width, tuple(planes), moved)
+    where, what = (torch.tensor(values, dtype=torch.int32, device=device) for values in (rows, places))
+    return Layout(boundaries.to(device), levels.to(device), where, what, width, tuple(planes), moved)
 
 
 def encode(

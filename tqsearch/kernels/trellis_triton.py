@@ -13,8 +13,6 @@ among its four columns, for which the query is arranged in turn (`slot_dims`), a
 four neighbouring columns side by side. At the row's first column, or four, what is before is zero.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def"
-# The kernel alone is untyped: Triton has types of its own.
 from __future__ import annotations
 
 import numpy as np

@@ -6,8 +6,6 @@ read back, last step first, when the row is done. Sums are in the reference's or
 so the paths are equal to its, bit for bit.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def"
-# The kernel alone is untyped: Triton has types of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -55,6 +55,7 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @keys.setter
     def keys(self, states: Tensor | None) -> None:
+        """Refuses all but None: keys come by `update`."""
         self._refuse(states, "keys")
 
     @property
@@ -64,6 +65,7 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @values.setter
     def values(self, states: Tensor | None) -> None:
+        """Refuses all but None: values come by `update`."""
         self._refuse(states, "values")
 
     def _refuse(self, states: Tensor | None, name: str) -> None:
