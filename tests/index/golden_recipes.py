@@ -1,6 +1,6 @@
 """How the golden files were made: from vectors by a formula, so that they can be made again without a file of vectors.
 
-The files are never made anew: they say what version 1 of the format means. A change that alters them needs a new
+The files are never made anew: they say what versions 1 and 3 of the format mean. A change that alters them needs a new
 version, new files beside these, and a reader that still takes these.
 """
 
@@ -13,6 +13,7 @@ from tqsearch.plan import BitPlan
 
 FOLDER = Path(__file__).parent / "golden"
 NAMES = ["l2-fraction-own-ids", "cosine-plain", "ip-bands-negative-seed", "empty", "l2-trained", "empty-trained"]
+TRELLIS_NAMES = ["trellis-cosine", "trellis-l2-bands"]  # of version 3
 
 
 def vectors(n: int, dim: int) -> np.ndarray:
@@ -38,6 +39,16 @@ def make(name: str) -> TurboQuantIndex:
         index = TurboQuantIndex(9, 3, "l2", seed=1)
         index.train(vectors(8, 9), learn="centre")
         index.add(np.concatenate([vectors(4, 9), vectors(8, 9).mean(0, keepdims=True)]), ids=[3, 1, 4, 15, 9])
+    elif name == "trellis-cosine":
+        index = TurboQuantIndex(24, 2.5, "cosine", seed=5, codec="trellis")
+        values = vectors(6, 24)
+        values[2] = 0
+        index.add(values)
+    elif name == "trellis-l2-bands":
+        plan = BitPlan.from_pairs([(5, 4), (7, 0), (9, 1), (8, 3)])
+        index = TurboQuantIndex(29, plan, "l2", seed=-2, codec="trellis")
+        index.train(vectors(8, 29), learn="centre")
+        index.add(vectors(5, 29), ids=[3, 1, 4, 15, 9])
     elif name == "empty-trained":
         index = TurboQuantIndex(7, 2, "ip")
         index.train(vectors(2, 7), learn="centre")

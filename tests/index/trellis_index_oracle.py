@@ -1,0 +1,137 @@
+"""An index of trellis codes taken apart by the specification of version 3, in numpy and float64.
+
+Like `index_oracle`, whose rotation and top k it uses, this imports nothing of tqsearch.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import trellis_oracle
+from index_oracle import rotation, similarity, unit_rows
+
+# What `trellis` says of the error of a coordinate.
+DISTORTION = {0: 1.0, 1: 0.27416, 2: 0.07320, 3: 0.02172, 4: 0.005868}
+
+
+@dataclass
+class TrellisContent:
+    """The header and the tensors of a file of version 3 without bands of 8 bits."""
+
+    header: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def learnt(self) -> bool:
+        return "learnt_plan" in self.header
+
+    @property
+    def plan(self) -> list[tuple[int, int]]:
+        return [(size, width) for size, width in self.header["learnt_plan" if self.learnt else "plan"]]
+
+    @property
+    def on_path(self) -> list[tuple[int, int]]:
+        return [(size, width) for size, width in self.plan if width]
+
+    @property
+    def kept(self) -> np.ndarray:
+        return np.repeat([width > 0 for _, width in self.plan], [size for size, _ in self.plan])
+
+    @property
+    def distortion(self) -> float:
+        return sum(size * DISTORTION[width] for size, width in self.plan) / self.header["dim"]
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.tensors.get("ids", np.arange(self.header["count"]))
+
+    def double(self, name: str) -> np.ndarray:
+        return self.tensors[name].astype(np.float64)
+
+    @property
+    def levels(self) -> np.ndarray:
+        """Of the coordinates of width above 0, (n, m)."""
+        rows = [trellis_oracle.unpack(row.tobytes(), self.on_path) for row in self.tensors["packed"]]
+        return np.array([trellis_oracle.levels_of(row, self.on_path) for row in rows])
+
+    def turn(self) -> np.ndarray:
+        """(m, dim): what the levels are of, but for a factor; sigma is multiplied into the learnt axes."""
+        if self.learnt:
+            return self.double("deviations")[self.kept, None] * self.double("axes")
+        return rotation(self.header["dim"], self.header["seed"])[self.kept]
+
+    @property
+    def estimates(self) -> np.ndarray:
+        """Unbiased estimates of z = x - c, (n, dim)."""
+        return self.double("scales")[:, None] * self.levels @ self.turn()
+
+    def residuals(self, vectors: np.ndarray) -> np.ndarray:
+        vectors = vectors.astype(np.float64)
+        vectors = unit_rows(vectors) if self.header["metric"] == "cosine" else vectors
+        return vectors - (self.double("centre") if "centre" in self.tensors else 0.0)
+
+    def coordinates(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is coded of vectors, (n, m), and their scales with the levels of the file."""
+        z = self.residuals(vectors)
+        if self.learnt:
+            sigma, y = self.double("deviations")[self.kept], z @ self.double("axes").T
+            w, square, dots = y / sigma, (y**2).sum(1), (y * sigma * self.levels).sum(1)
+            length = np.linalg.norm(w, axis=1, keepdims=True)
+        else:
+            w, square = z @ self.turn().T, (z**2).sum(1)
+            length, dots = np.linalg.norm(z, axis=1, keepdims=True), (w * self.levels).sum(1)
+        size = self.header["dim"] if not self.learnt else w.shape[1]
+        scales = np.where(square > 0, square / np.where(square > 0, dots, 1.0), 0.0)
+        return np.sqrt(size) * w / np.where(length > 0, length, 1.0), scales
+
+    def similarity(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and slack, without learnt axes."""
+        assert not self.learnt
+        bias = self.double("bias") if "bias" in self.tensors else None
+        return similarity(queries, self.estimates, bias, self.header["metric"], self.tensors.get("centre"))
+
+
+def parse_trellis(content: bytes) -> TrellisContent:
+    """Takes a file of version 3 apart, and checks every statement of its specification."""
+    (length,) = struct.unpack("<Q", content[:8])
+    container, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    metadata = container.pop("__metadata__")
+    assert metadata["version"] == "3"
+    header = json.loads(metadata["header"])
+    assert header["codec"] == "trellis"
+    more = {"learnt_plan", "keeps_product"} & header.keys()
+    assert list(header) == sorted({"codec", "count", "dim", "metric", "next_id", "plan", "rotation", "seed"} | more)
+    digest = hashlib.sha256(metadata["header"].encode())
+    types = {"I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "u1"}
+    tensors, end = {}, 0
+    for name, entry in container.items():
+        first, last = entry["data_offsets"]
+        assert first == end
+        end = last
+        shape = json.dumps(entry["shape"], separators=(",", ":"))
+        digest.update(f"{name} {entry['dtype']} {shape}".encode() + data[first:last])
+        tensors[name] = np.frombuffer(data[first:last], types[entry["dtype"]]).reshape(entry["shape"])
+    assert end == len(data)
+    assert digest.hexdigest() == metadata["sha256"]
+    found = TrellisContent(header, tensors)
+    count, dim = header["count"], header["dim"]
+    assert sum(size for size, _ in found.plan) == dim
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if "ids" in tensors:
+        wanted["ids"] = ("<i8", (count,))
+    if "centre" in tensors or more:
+        wanted["centre"] = ("<f4", (dim,))
+    if more:
+        assert len(more) == 2
+        wanted |= {"axes": ("<f4", (int(found.kept.sum()), dim)), "deviations": ("<f4", (dim,))}
+    half = bool(more) or (header["metric"] == "cosine" and found.kept.all())
+    if header["metric"] == "l2" or header.get("keeps_product", "centre" in tensors):
+        wanted["bias"] = ("<f2" if more or header["metric"] == "cosine" else "<f4", (count,))
+    wanted["scales"] = ("<f2" if half else "<f4", (count,))
+    wanted["packed"] = ("|u1", (count, trellis_oracle.row_bytes(found.on_path)))
+    assert {name: (tensor.dtype.str, tensor.shape) for name, tensor in tensors.items()} == wanted
+    assert list(tensors) == list(wanted)
+    return found
