@@ -69,10 +69,12 @@ class FaissEngine:
 class TurboQuantEngine:
     """The index of this package, on the CPU; `learn` is what it learns of the training sample, "" for nothing."""
 
-    def __init__(self, dim: int, bits: float, metric: str, seed: int, *, learn: str = "") -> None:
+    def __init__(
+        self, dim: int, bits: float, metric: str, seed: int, *, learn: str = "", codec: str = "scalar"
+    ) -> None:
         from tqsearch import TurboQuantIndex
 
-        self.index = TurboQuantIndex(dim, bits=bits, metric=metric, seed=seed)  # type: ignore[arg-type]
+        self.index = TurboQuantIndex(dim, bits=bits, metric=metric, seed=seed, codec=codec)  # type: ignore[arg-type]
 
         self._learn = learn
 

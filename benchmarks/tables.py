@@ -3,7 +3,13 @@
 from typing import Any
 
 COMPACT_WIDTHS = ("1", "2", "4")
-OURS = ("TurboQuant", "TurboQuant centred", "TurboQuant trained")
+OURS = (
+    "TurboQuant",
+    "TurboQuant centred",
+    "TurboQuant trained",
+    "TurboQuant trellis",
+    "TurboQuant trained trellis",
+)
 EXACT = "exact"
 BELOW = 0.9  # a setting with up to a tenth fewer bytes than the budget is shown too
 ABOVE = 1.5
