@@ -184,13 +184,15 @@ def describe_file(path: Path) -> None:
 
     header = read_header(path)
     plan = BitPlan.from_pairs(header.plan)
-    index = TurboQuantIndex(header.dim, plan, header.metric)  # type: ignore[arg-type]  # checked by the constructor
+    codec = header.codec or "scalar"
+    index = TurboQuantIndex(header.dim, plan, header.metric, codec=codec)  # type: ignore[arg-type]  # checked there
     show(
         [
             ("vectors", f"{header.count:,}"),
             ("dim", str(header.dim)),
             ("metric", header.metric),
             ("plan", str(plan)),
+            ("codec", codec),
             ("rotation", f"{header.rotation}, seed {header.seed}"),
             ("a vector", f"{index.bytes_per_vector} bytes (float32: {4 * header.dim})"),
             ("file", f"{path.stat().st_size:,} bytes"),
