@@ -12,7 +12,8 @@ from tqsearch import BitPlan, TurboQuantizer
 from tqsearch.errors import BackendError, InvalidInputError
 
 MIXED = [(5, 4), (20, 2), (7, 0), (3, 8), (29, 1)]
-PLANS: list[list[tuple[int, int]]] = [[(64, 1)], [(64, 2)], [(64, 3)], [(64, 4)], [(9, 3)], MIXED]
+ALIGNED = [(16, 4), (8, 0), (24, 3), (8, 2), (13, 1)]
+PLANS: list[list[tuple[int, int]]] = [[(64, 1)], [(64, 2)], [(64, 3)], [(64, 4)], [(9, 3)], MIXED, ALIGNED]
 
 
 def vectors(rng, count, dim):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tqsearch import trellis
+from tqsearch.kernels import trellis_lookup
 from tqsearch.kernels.bands import BandTable, along_trellis, row_bytes, trellis_bands
 from tqsearch.packing import pack_columns, unpack_band
 from tqsearch.plan import Band, BitPlan
@@ -128,13 +129,29 @@ def decode(packed: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
 def _decode_trellis(packed: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
     pairs, others = trellis_bands(bands), _others(bands)
     cut = trellis.row_bytes(pairs)
-    found = trellis.decode(trellis.unpack(packed[:, :cut], pairs), pairs)
+    found = _decode_path(packed[:, :cut], pairs)
     if not others:
         return found
     on_path, beside = _places(bands, packed.device)
     levels = found.new_empty((len(packed), sum(band.size for band in bands)))
     levels.index_copy_(1, on_path, found)
     return levels.index_copy_(1, beside, _decode_scalar(packed[:, cut:], others))
+
+
+def _decode_path(packed: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
+    if any(size % 8 for size, _ in pairs[:-1]):  # a band begins within a byte of the path
+        return trellis.decode(trellis.unpack(packed, pairs), pairs)
+    byte = -(-sum(size for size, _ in pairs) // 8)
+    path, column, parts = torch.nn.functional.pad(packed[:, :byte], (1, 0)), 0, []
+    for size, bits in pairs:
+        columns = -(-size // 8)
+        planes = list(packed[:, byte : byte + columns * (bits - 1)].split(columns, dim=1)) if bits > 1 else []
+        window = path[:, column : column + columns + 1]
+        index = trellis_lookup.indices(window[:, 1:], window[:, :-1], planes, trellis_lookup.GROUP[bits])
+        parts.append(_look_up(trellis_lookup.table(bits, packed.device), index)[:, :size])
+        column += columns
+        byte += columns * (bits - 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _decode_scalar(packed: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
