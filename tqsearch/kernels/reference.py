@@ -145,7 +145,7 @@ def _decode_path(packed: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
     path, column, parts = torch.nn.functional.pad(packed[:, :byte], (1, 0)), 0, []
     for size, bits in pairs:
         columns = -(-size // 8)
-        planes = list(packed[:, byte : byte + columns * (bits - 1)].split(columns, dim=1)) if bits > 1 else []
+        planes = list(torch.split(packed[:, byte : byte + columns * (bits - 1)], columns, dim=1)) if bits > 1 else []
         window = path[:, column : column + columns + 1]
         index = trellis_lookup.indices(window[:, 1:], window[:, :-1], planes, trellis_lookup.GROUP[bits])
         parts.append(_look_up(trellis_lookup.table(bits, packed.device), index)[:, :size])
