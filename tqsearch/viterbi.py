@@ -7,6 +7,7 @@ bit, nine bits, and the window names the subset of levels from which the step's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ STATES = 256
 # Back pointers held at a time, one a state, step and row. A GPU wants many rows a step, a CPU few in its cache.
 _HELD_CPU = 1 << 26
 _HELD_GPU = 1 << 31
+# On a CPU a step is so short that torch's threads would mostly wait for one another: so many rows keep its operations
+# below the size at which torch divides them, and blocks of rows run side by side instead.
+_ROWS_CPU = 127
 
 
 class Stage(NamedTuple):
@@ -47,12 +51,24 @@ def best_paths(values: Tensor, stages: Sequence[Stage]) -> Tensor:
     """
     count, dim = values.shape
     paths = torch.empty((count, dim), dtype=torch.uint8, device=values.device)
-    held = _HELD_CPU if values.device.type == "cpu" else _HELD_GPU
-    size = min(max(held // (STATES * max(dim, 1)), 16), count)
-    fallen = torch.empty((dim, STATES, size), dtype=torch.bool, device=values.device)
-    for start in range(0, count, max(size, 1)):
-        rows = slice(start, start + size)
-        paths[rows] = _best_columns(values[rows].t().contiguous(), stages, fallen).t()
+    on_cpu = values.device.type == "cpu"
+    size = min(max((_HELD_CPU if on_cpu else _HELD_GPU) // (STATES * max(dim, 1)), 16), max(count, 1))
+    if on_cpu and torch.get_num_threads() > 1:
+        size = min(size, _ROWS_CPU)
+    starts = range(0, count, size)
+    workers = min(torch.get_num_threads(), len(starts)) if on_cpu else 1
+
+    def find(worker: int) -> None:
+        fallen = torch.empty((dim, STATES, size), dtype=torch.bool, device=values.device)
+        for start in starts[worker :: max(workers, 1)]:
+            rows = slice(start, start + size)
+            paths[rows] = _best_columns(values[rows].t().contiguous(), stages, fallen).t()
+
+    if workers <= 1:
+        find(0)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(find, range(workers)))
     return paths
 
 
