@@ -61,8 +61,8 @@ class TurboQuantIndex:
         rotation: "hadamard", "dense" or "identity"; see `tqsearch.rotation`.
         train: "off", or "auto": the first `add` calls `train` with a sample of its own rows if it has at least 4,096.
             The codes then depend on what was added first. An index whose first rows are fewer stays untrained.
-        codec: "scalar", or "trellis": codes of the same bytes and a fifth to two fifths less squared error, see
-            `tqsearch.trellis`. They take longer: a CPU core encodes about 0.4 million coordinates a second.
+        codec: "scalar", or "trellis": codes of the same bytes and a quarter to two fifths less squared error, see
+            `tqsearch.trellis`. They take longer: a CPU core encodes about 0.9 million coordinates a second.
         backend: which kernels; see `tqsearch.kernels.select`.
 
     Raises:
