@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tqsearch.kernels.decode_triton import decode
-from tqsearch.kernels.scan_triton import _columns
+from tqsearch.kernels.scan_kernels_triton import columns_of
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _key_groups(
         columns = START + tl.arange(0, STEP)
         EVEN_ROWS: tl.constexpr = ROW % 2 == 0 and BYTE % 2 == 0
         valid = (columns < COLUMNS)[None, :]
-        x, y = _columns(codes_ptr, tokens, ROW, columns, valid, WIDTH, BYTE, PLANE, FORM == 1, EVEN_ROWS)
+        x, y = columns_of(codes_ptr, tokens, ROW, columns, valid, WIDTH, BYTE, PLANE, FORM == 1, EVEN_ROWS)
         return _side_by_side(decode(x, y, table_ptr, WIDTH, ASSEMBLY), STEP)
 
 
@@ -124,7 +124,7 @@ def _value_groups(
         return _decode_bytes(codes_ptr + BYTE + rows[:, None] * ROW, table_ptr, PLANE, 0, COLUMNS, ASSEMBLY)
     else:
         columns = tl.arange(0, COLUMNS)
-        x, y = _columns(codes_ptr, rows, ROW, columns, (columns < COLUMNS)[None, :], WIDTH, BYTE, PLANE, True, True)
+        x, y = columns_of(codes_ptr, rows, ROW, columns, (columns < COLUMNS)[None, :], WIDTH, BYTE, PLANE, True, True)
         return _side_by_side(decode(x, y, table_ptr, WIDTH, ASSEMBLY), COLUMNS)
 
 
