@@ -1,6 +1,7 @@
 """Oracles that share no code with the package: the definitions again, in plain Python, numpy float64 and scipy."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 from scipy import integrate, linalg, optimize, special, stats
+
+# Kernels run compiled where there is a GPU, else in Triton's interpreter; Triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("tqsearch", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("tqsearch")

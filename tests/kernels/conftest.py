@@ -1,12 +1,7 @@
-"""Kernels run compiled where there is a GPU, else in Triton's interpreter on the CPU."""
-
-import os
+"""Where kernels run in their tests, and memory that shows what was not written."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
