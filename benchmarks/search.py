@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.contestants import FAMILIES, Problem, plan
 from benchmarks.environment import REPOSITORY, environment
 from benchmarks.metrics import recalls
+from benchmarks.tables import OURS
 from benchmarks.threads import usable_cores
 from tqsearch.datasets import Dataset, load_dataset
 from tqsearch.demo import first_queries, unit_rows
@@ -50,6 +51,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=list(FAMILIES), help="run only this family; may be repeated")
     parser.add_argument(
         "--update", action="store_true", help="with --only: measure these families again, keep the file's other rows"
+    )
+    parser.add_argument(
+        "--bits", type=float, action="append", help="run TurboQuant only at this width; may be repeated"
     )
     options = parser.parse_args(arguments)
     if options.update and not options.only:
@@ -140,6 +144,7 @@ def main(arguments: list[str]) -> int:
         again = before.get("again", {}) | dict.fromkeys(options.only, result["environment"])
         result |= {"environment": before["environment"], "again": again, "notes": before["notes"] | result["notes"]}
     runs = [run for run in runs if not options.only or run[0] in options.only]
+    runs = [run for run in runs if not options.bits or run[0] not in OURS or run[1] in options.bits]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         files: dict[str, NDArray[Any]] = {
