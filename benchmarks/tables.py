@@ -175,7 +175,10 @@ def search(result: dict[str, Any], *, full: bool = False) -> str:
         f" {data['queries']:,} queries; PQ is trained on {min(effort['training_rows'], data['vectors']):,} rows,"
         f" {effort['pq_iterations']} iterations."
     )
-    again = "".join(f" {name} again: {provenance(record)}" for name, record in result.get("again", {}).items())
+    others: dict[str, list[str]] = {}
+    for family, record in result.get("again", {}).items():
+        others.setdefault(provenance(record), []).append(family)
+    again = "".join(f" {', '.join(names)}: {text.lower()[:1]}{text[1:]}" for text, names in others.items())
     parts = [markdown(list(HEADER), rows, 2), caption + " " + provenance(result["environment"]) + again]
     if full:
         parts += remarks(result)
