@@ -175,10 +175,10 @@ def search(result: dict[str, Any], *, full: bool = False) -> str:
         f" {data['queries']:,} queries; PQ is trained on {min(effort['training_rows'], data['vectors']):,} rows,"
         f" {effort['pq_iterations']} iterations."
     )
-    others: dict[str, list[str]] = {}
+    elsewhere: dict[str, list[str]] = {}
     for family, record in result.get("again", {}).items():
-        others.setdefault(provenance(record), []).append(family)
-    again = "".join(f" {', '.join(names)}: {text.lower()[:1]}{text[1:]}" for text, names in others.items())
+        elsewhere.setdefault(provenance(record), []).append(family)
+    again = "".join(f" {', '.join(names)}: {text.lower()[:1]}{text[1:]}" for text, names in elsewhere.items())
     parts = [markdown(list(HEADER), rows, 2), caption + " " + provenance(result["environment"]) + again]
     if full:
         parts += remarks(result)
