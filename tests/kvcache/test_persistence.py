@@ -157,7 +157,7 @@ def rewritten(path, change):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m, t: m.update(version="2"), NewerFormatError, "version 2, this package reads up to 1"),
+        (lambda m, t: m.update(version="3"), NewerFormatError, "version 3, this package reads up to 2"),
         (lambda m, t: m.update(version="x"), CorruptFileError, "metadata lack"),
         (lambda m, t: m.pop("sha256"), CorruptFileError, "metadata lack"),
         (lambda m, t: m.update(format="other"), ForeignFileError, "format is 'other'"),

@@ -93,6 +93,9 @@ def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Ten
     """
     if not keys.compressed_length or keys.compressed_length != values.compressed_length:
         return None
+    if any(history.codec is not None and history.codec.quantizer.codec == "trellis" for history in (keys, values)):
+        _warn("trellis codes")
+        return None
     if type(keys.codec) is not KeyCodec or type(values.codec) is not ValueCodec:
         return None
     if torch.is_grad_enabled() and any(part.requires_grad for part in (keys.recent, values.recent)):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
+from tqsearch.codec import CODECS, Codec
 from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BACKENDS
 from tqsearch.kvcache.attention import NAME as ATTENTION
@@ -41,6 +42,9 @@ class TurboQuantCache(DynamicCache):
         residual_length: how many recent tokens stay uncompressed at least; up to a block more do.
         sink_length: how many first tokens stay uncompressed.
         protect_layers: how many of the first, and of the last, attention layers get 8 bits.
+        codec: "scalar" levels, or levels along a "trellis" (`tqsearch.trellis`): a quarter to two fifths less squared
+            error in the same bytes, for slower encoding, and attention reads decoded states. It has 1 to 4 bits; 8 bits
+            are scalar with either.
         outlier_channels: how many channels of each key head, those of largest variance, get 8 bits; see `outliers`.
         block_length: tokens compressed at a time, a multiple of 8.
         seed: of the rotations.
@@ -62,6 +66,7 @@ class TurboQuantCache(DynamicCache):
         value_bits: Width = None,
         residual_length: int = 128,
         sink_length: int = 4,
+        codec: Codec = "scalar",
         protect_layers: int = 0,
         outlier_channels: int = 0,
         block_length: int = 128,
@@ -85,6 +90,8 @@ class TurboQuantCache(DynamicCache):
             raise InvalidInputError(f"block_length must be a positive multiple of 8, got {block_length}")
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
             raise InvalidInputError(f"seed must be an integer, got {seed!r}")
+        if codec not in CODECS:
+            raise InvalidInputError(f"codec must be one of {', '.join(map(repr, CODECS))}, got {codec!r}")
         if backend not in BACKENDS:
             raise InvalidInputError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
@@ -95,12 +102,13 @@ class TurboQuantCache(DynamicCache):
             int(seed),
             backend,
             _count(outlier_channels, "outlier_channels"),
+            codec,
             _latent(config),
             config.get_text_config(decoder=True)._attn_implementation == ATTENTION,
         )
         chosen = [index for index, layer in enumerate(self.layers) if type(layer) in _COMPRESSIBLE]
         for number, index in enumerate(chosen):
-            widths = checked_bits(policy.bits(number, len(chosen)))
+            widths = checked_bits(policy.bits(number, len(chosen)), codec)
             if widths != (None, None):
                 self.layers[index] = _compressed(self.layers[index], LayerSettings(widths, *common))
         if not any(isinstance(layer, TurboQuantLayer) for layer in self.layers):

@@ -5,10 +5,11 @@ A file is a safetensors container. Its metadata are strings:
 
 ========== ==========================================================================================================
 `format`   "tqsearch-kvcache"
-`version`  "1": the version of this specification; a reader refuses a larger one
-`header`   JSON, keys sorted: `residual_length`, `sink_length`, `block_length`, `seed`, `outlier_channels`, and
-           `layers`, one entry a layer of the model: `kind` (the class of its cache); of a compressed layer `bits` (of
-           keys and of values: a number, [[size, width], ...] of a plan, or null); `state`, the layer's other attributes
+`version`  "1", or "2" with trellis codes: of this specification; a reader refuses a larger one
+`header`   JSON, keys sorted: `residual_length`, `sink_length`, `block_length`, `seed`, `outlier_channels`, `codec`
+           ("scalar" or "trellis"; the first files of version 1 lack it and are scalar), and `layers`, one entry a layer
+           of the model: `kind` (the class of its cache); of a compressed layer `bits` (of keys and of values: a number,
+           [[size, width], ...] of a plan, or null); `state`, the layer's other attributes
 `sha256`   of the text of `header`, then for each tensor in the order of the names the text "name dtype [shape]" and
            its bytes, where dtype is torch's name and the shape JSON without spaces
 ========== ==========================================================================================================
@@ -19,7 +20,7 @@ A compressed layer n has the tensors `n.keys.sinks`, `n.keys.recent` and, if tok
 `state` is [kind, content]: ["value", a JSON value], ["tensor", its name], ["dtype", torch's name], ["device", null] or
 ["dict", [[key, attribute], ...]].
 
-Codes follow from the widths, the seed and the shapes alone. A change that alters them needs a new version.
+Codes follow from the widths, the codec, the seed and the shapes alone. A change that alters them needs a new version.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from torch import Tensor
 from tqsearch.errors import CorruptFileError, ForeignFileError, InvalidInputError, NewerFormatError
 
 FORMAT = "tqsearch-kvcache"
-VERSION = 1
+VERSION = 2
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -57,7 +58,8 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     whole = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _digest(text, whole)}
+    version = 2 if header["codec"] == "trellis" else 1
+    metadata = {"format": FORMAT, "version": str(version), "header": text, "sha256": _digest(text, whole)}
     mode = target.stat().st_mode & 0o777 if target.exists() else None
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600))

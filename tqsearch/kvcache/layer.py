@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from tqsearch.codec import Codec
 from tqsearch.errors import InvalidInputError
 from tqsearch.kvcache.attention import states_of
 from tqsearch.kvcache.history import History
@@ -36,6 +37,7 @@ class LayerSettings:
     seed: int
     backend: str
     outlier_channels: int = 0
+    codec: Codec = "scalar"
     latent: tuple[int, int] | None = None
     from_codes: bool = False
 
@@ -80,10 +82,12 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if settings.latent is not None:
             key_bits, value_bits = _latent_bits(settings, key_states, value_states)
         common = settings.block_length, settings.seed, settings.backend
-        keys = (
-            None if key_bits is None else key_codec(key_states.shape[3], key_bits, *common, settings.outlier_channels)
-        )
-        values = None if value_bits is None else value_codec(value_states.shape[3], value_bits, *common)
+        keys, values = None, None
+        if key_bits is not None:
+            channels = settings.outlier_channels
+            keys = key_codec(key_states.shape[3], key_bits, *common, channels, settings.codec)
+        if value_bits is not None:
+            values = value_codec(value_states.shape[3], value_bits, *common, settings.codec)
         self.past = History.empty(key_states, keys), History.empty(value_states, values)
         self.is_initialized = True
 

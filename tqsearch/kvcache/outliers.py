@@ -20,9 +20,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tqsearch.codebook import lloyd_max
+from tqsearch import codec as codecs
+from tqsearch.codec import Codec
 from tqsearch.errors import InvalidInputError
-from tqsearch.kernels import BandTable, Encoded
+from tqsearch.kernels import Encoded
 from tqsearch.kvcache.store import KeyCodec
 from tqsearch.plan import BitPlan
 from tqsearch.rotation import Hadamard
@@ -66,10 +67,18 @@ class OutlierKeyCodec(KeyCodec):
         seed: of the rotations.
         backend: see `kernels.select`.
         channels: how many outlier channels, 1 to D - 1.
+        codec: of the other channels.
     """
 
     def __init__(
-        self, dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str, channels: int
+        self,
+        dim: int,
+        bits: float | BitPlan,
+        block_length: int,
+        seed: int,
+        backend: str,
+        channels: int,
+        codec: Codec = "scalar",
     ) -> None:
         if isinstance(bits, BitPlan):
             raise InvalidInputError(
@@ -78,13 +87,18 @@ class OutlierKeyCodec(KeyCodec):
         if channels >= dim:
             raise InvalidInputError(f"outlier_channels must be less than the head dimension {dim}, got {channels}")
         plan = BitPlan.from_pairs([(channels, OUTLIER_BITS), *BitPlan.of(dim - channels, bits).pairs()])
-        super().__init__(dim, plan, block_length, seed, backend)
+        super().__init__(dim, plan, block_length, seed, backend, codec)
         self.quantizer.rotation = GroupedRotation(channels, dim, seed)
         self.channels = channels
 
-    def tables(self, device: torch.device) -> tuple[BandTable, ...]:
-        """The bands' tables, their levels lengthened by 1 / (1 - distortion), which makes inner products unbiased."""
-        return tuple(_lengthened(table, self.dim) for table in super().tables(device))
+    def levels(self, packed: Tensor) -> Tensor:
+        """The levels, lengthened by 1 / (1 - distortion) band by band, which makes inner products unbiased."""
+        levels, first = super().levels(packed), 0
+        for band in self.plan.bands:
+            shrunk = 1 - codecs.distortion(self.quantizer.codec, band.width, self.dim)
+            levels[:, first : first + band.size] *= 1 / shrunk
+            first += band.size
+        return levels
 
     def scales(self, encoded: Encoded) -> Tensor:
         """|z| / sqrt(D)."""
@@ -117,16 +131,17 @@ class OutlierKeyCodec(KeyCodec):
         return super().back(states * constants["gain"][:, None], constants)
 
 
-def _lengthened(table: BandTable, dim: int) -> BandTable:
-    factor = 1 / (1 - lloyd_max(table.width, dim).distortion)
-    return table._replace(levels=table.levels * factor, step=table.step * factor)
-
-
 @lru_cache(maxsize=256)
 def key_codec(
-    dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str, outlier_channels: int = 0
+    dim: int,
+    bits: float | BitPlan,
+    block_length: int,
+    seed: int,
+    backend: str,
+    outlier_channels: int = 0,
+    codec: Codec = "scalar",
 ) -> KeyCodec:
     """The one codec of keys with these arguments: layers and caches share its tables."""
     if outlier_channels:
-        return OutlierKeyCodec(dim, bits, block_length, seed, backend, outlier_channels)
-    return KeyCodec(dim, bits, block_length, seed, backend)
+        return OutlierKeyCodec(dim, bits, block_length, seed, backend, outlier_channels, codec)
+    return KeyCodec(dim, bits, block_length, seed, backend, codec)

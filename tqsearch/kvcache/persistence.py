@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # Attributes that layers get at their first update, and a fresh one lacks.
 _LATE = {"dtype", "device"}
-_OPTIONS = ("residual_length", "sink_length", "block_length", "seed", "outlier_channels")
+_OPTIONS = ("residual_length", "sink_length", "block_length", "seed", "outlier_channels", "codec")
+_LATER = {"codec": "scalar"}  # options that older files lack, and what they mean
 
 
 def save(cache: TurboQuantCache, path: str | os.PathLike[str]) -> None:
@@ -60,7 +61,7 @@ def load(
             for entry in entries
             if "bits" in entry or entry["kind"] in ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")
         ]
-        saved = {name: header[name] for name in _OPTIONS}
+        saved = {name: {**_LATER, **header}[name] for name in _OPTIONS}
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{path} is altered: its header cannot be read ({error!r})") from error
     cache = cache_class(config, policy=_Saved(tuple(widths)), **saved, **options)

@@ -7,7 +7,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tqsearch import trellis
 from tqsearch.codebook import MAX_BITS
+from tqsearch.codec import Codec
 from tqsearch.errors import InvalidInputError
 from tqsearch.plan import NUMBER, BitPlan
 
@@ -73,15 +75,23 @@ class PerLayer:
         return self.layers[layer]
 
 
-def checked_bits(bits: LayerBits) -> LayerBits:
-    """The widths, once they are known to be ones.
+def checked_bits(bits: LayerBits, codec: Codec = "scalar") -> LayerBits:
+    """The widths, once they are known to be ones that the codec has.
 
     Raises:
-        InvalidInputError: a width is not None, a number from 1 to 8 or a `BitPlan`.
+        InvalidInputError: a width is not None, a number from 1 to 8 (along a trellis from 1 to 4, or 8) or a `BitPlan`
+            of such.
     """
     for name, width in zip(("key_bits", "value_bits"), bits, strict=True):
-        number = isinstance(width, NUMBER) and not isinstance(width, bool | np.bool_)
-        if width is None or isinstance(width, BitPlan) or (number and 1 <= width <= MAX_BITS):
+        if width is None:
             continue
-        raise InvalidInputError(f"{name} must be a number from 1 to {MAX_BITS}, a BitPlan or None, got {width!r}")
+        number = isinstance(width, NUMBER) and not isinstance(width, bool | np.bool_)
+        if not isinstance(width, BitPlan) and not (number and 1 <= width <= MAX_BITS):
+            raise InvalidInputError(f"{name} must be a number from 1 to {MAX_BITS}, a BitPlan or None, got {width!r}")
+        widths = {band.width for band in width.bands} if isinstance(width, BitPlan) else {width}
+        if codec == "trellis" and any(trellis.MAX_BITS < one < MAX_BITS for one in widths):
+            raise InvalidInputError(
+                f"{name} must be from 1 to {trellis.MAX_BITS}, or {MAX_BITS}, along a trellis, got {width}; use codec "
+                "'scalar'"
+            )
     return LayerBits(*bits)

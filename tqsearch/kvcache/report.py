@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from tqsearch.kernels import trellis_lookup
+from tqsearch.kernels.bands import trellis_bands
+from tqsearch.kvcache.history import History
 from tqsearch.kvcache.layer import TurboQuantLayer
+from tqsearch.kvcache.store import StateCodec
 
 if TYPE_CHECKING:
     from tqsearch.kvcache.cache import TurboQuantCache
@@ -126,10 +130,19 @@ def report(cache: TurboQuantCache) -> CacheReport:
     """Measures a cache."""
     seen: set[int] = set()
     layers = tuple(_layer(index, layer, seen) for index, layer in enumerate(cache.layers))
-    codecs = [
-        history.codec for layer in cache.layers if isinstance(layer, TurboQuantLayer) for history in layer.past or ()
+    histories = [
+        history for layer in cache.layers if isinstance(layer, TurboQuantLayer) for history in layer.past or ()
     ]
-    return CacheReport(layers, _size(reachable(codecs), seen))
+    return CacheReport(layers, _size((*reachable([each.codec for each in histories]), *_look_ups(histories)), seen))
+
+
+def _look_ups(histories: list[History]) -> Iterator[Tensor]:
+    """The tables by which trellis codes are decoded, up to 1 MB a width."""
+    for history in histories:
+        if history.codec is not None and history.compressed is not None:
+            device = history.recent.device
+            for _, bits in trellis_bands(history.codec.quantizer.tables(device)):
+                yield trellis_lookup.table(bits, device)
 
 
 def _layer(index: int, layer: Any, seen: set[int]) -> LayerReport:
@@ -157,11 +170,17 @@ def _layer(index: int, layer: Any, seen: set[int]) -> LayerReport:
 
 
 def _widths(layer: TurboQuantLayer) -> str:
-    bits = (
-        layer.settings.bits if layer.past is None else [history.codec and history.codec.plan for history in layer.past]
-    )
-    names = ("uncompressed" if width is None else str(getattr(width, "bits_per_dim", width)) for width in bits)
+    if layer.past is None:
+        names = ["uncompressed" if width is None else str(width) for width in layer.settings.bits]
+    else:
+        names = [_width(history.codec) for history in layer.past]
     return "keys {}, values {}".format(*names)
+
+
+def _width(codec: StateCodec | None) -> str:
+    if codec is None:
+        return "uncompressed"
+    return f"{codec.plan.bits_per_dim}" + (" along a trellis" if codec.quantizer.codec == "trellis" else "")
 
 
 def _why(layer: Any) -> str:

@@ -6,21 +6,23 @@ R z sqrt(D) / |z|, R a seeded Hadamard rotation, and one scale s = |z| sqrt(D) /
 
     x_hat = s R^T levels + offset
 
-That is `TurboQuantizer` in its mse form. Its levels are the optimal ones of a coordinate in dimension D, and s makes
-inner products with x_hat unbiased.
+That is `TurboQuantizer` in its mse form. Its levels are the optimal ones of a coordinate in dimension D, or those of a
+trellis along D, and s makes inner products with x_hat unbiased.
 
 ================ ================================== ==================================================================
-keys `packed`    (B, H, C, row bytes) uint8         a token's codes in the layout of `tqsearch.packing`, along D
+keys `packed`    (B, H, C, row bytes) uint8         a token's codes in the layout of `tqsearch.packing`, along D; of
+                                                    a trellis in that of `trellis.pack`
 values `packed`  (B, H, C / block, D bytes) uint8   a block's codes, each coordinate a row of `block_length` codes
                                                     along the **tokens**, in the layout of `packing` for its width;
-                                                    coordinates in order
+                                                    coordinates in order; of a trellis as keys
 `scales`         (B, H, C) float16                  s; float32 for the whole tensor where float16 cannot hold them
 keys `offset`    (H, D) float32                     the same for all tokens of a layer
 keys `order`     (H, D) int16                       with outlier channels only: see `outliers`
 keys `gain`      (H, D) float32                     with outlier channels only: see `outliers`
 ================ ================================== ==================================================================
 
-Values lie along the tokens so that a decoded tile is already transposed for probabilities times values.
+Values lie along the tokens so that a decoded tile is already transposed for probabilities times values. A trellis runs
+along D for values too: no kernel reads its codes, and decoding takes whole rows.
 Tensors are never changed in place, so that any number of caches may share them.
 """
 
@@ -34,7 +36,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tqsearch import codec as codecs
 from tqsearch import kernels
+from tqsearch.codec import Codec
 from tqsearch.kernels import BandTable
 from tqsearch.packing import pack, unpack
 from tqsearch.plan import BitPlan
@@ -110,7 +114,7 @@ class CompressedStates:
 
 
 class StateCodec:
-    """What keys' and values' codecs share: the quantizer, scales, and decoding piece by piece.
+    """States coded as they are, each token's codes together, along D; encoded and decoded piece by piece.
 
     Args:
         dim: D, 1 to 8192.
@@ -118,10 +122,14 @@ class StateCodec:
         block_length: tokens of a block, a multiple of 8.
         seed: of the rotation.
         backend: see `kernels.select`.
+        codec: "scalar" or "trellis"; 8 bits are scalar with either.
     """
 
-    def __init__(self, dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str) -> None:
-        self.quantizer = TurboQuantizer(dim, bits, seed=seed, scale_dtype=torch.float32, backend=backend)
+    def __init__(
+        self, dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str, codec: Codec = "scalar"
+    ) -> None:
+        codec = codec_of(codec, BitPlan.of(dim, bits))
+        self.quantizer = TurboQuantizer(dim, bits, seed=seed, scale_dtype=torch.float32, codec=codec, backend=backend)
         self.dim, self.block_length, self.backend = dim, block_length, backend
         self.plan = self.quantizer.plan
 
@@ -129,24 +137,22 @@ class StateCodec:
         return f"{type(self).__name__}({self.plan})"
 
     def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
-        """The shape of `packed` for `length` tokens."""
-        raise NotImplementedError
-
-    def tables(self, device: torch.device) -> tuple[BandTable, ...]:
-        """The bands' tables, with the levels that are decoded."""
-        return self.quantizer.tables(device)
+        """The shape of `packed` for `length` tokens: here (B, H, C, row bytes)."""
+        return batch, heads, length, self.quantizer.row_bytes
 
     def scales(self, encoded: kernels.Encoded) -> Tensor:
         """What the levels of each row are multiplied by, float32."""
         return self.quantizer.unbiased_scales(encoded.norms, encoded.dots)
 
     def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
-        """Rows of codes, (B H C, row bytes), to the storage; `blocks` is (B, H, C / block_length)."""
-        raise NotImplementedError
+        """Rows of codes, (B H C, row bytes), to `packed`; `blocks` is (B, H, C / block_length)."""
+        batch, heads, count = blocks
+        return rows.view(batch, heads, count * self.block_length, self.quantizer.row_bytes)
 
     def levels(self, packed: Tensor) -> Tensor:
-        """The levels of packed codes: (tokens of all heads, D) float32, a head's tokens together."""
-        raise NotImplementedError
+        """The levels of `packed`: (B H C, D) float32, a head's tokens together."""
+        rows = packed.reshape(-1, packed.shape[3])
+        return kernels.reconstruct(rows, _ones(rows), self.quantizer.tables(packed.device), backend=self.backend)
 
     def estimate(self, states: Tensor) -> dict[str, Tensor]:
         """The constants that suit states (B, H, T, D), by name: none for values."""
@@ -201,7 +207,7 @@ class StateCodec:
 
 
 class KeyCodec(StateCodec):
-    """Keys: each token's codes lie together, along D, and a constant is taken off."""
+    """Keys: a constant is taken off."""
 
     def estimate(self, states: Tensor) -> dict[str, Tensor]:
         """The offset of keys (B, H, T, D): their mean over batch and tokens; keys that are not finite count as none."""
@@ -222,23 +228,9 @@ class KeyCodec(StateCodec):
         """Adds the offset, if there is one."""
         return states + constants["offset"][:, None] if "offset" in constants else states
 
-    def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
-        """(B, H, C, row bytes)."""
-        return batch, heads, length, self.plan.bytes_per_vector
-
-    def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
-        """(B H C, row bytes) to (B, H, C, row bytes)."""
-        batch, heads, count = blocks
-        return rows.view(batch, heads, count * self.block_length, self.plan.bytes_per_vector)
-
-    def levels(self, packed: Tensor) -> Tensor:
-        """(B, H, C, row bytes) to (B H C, D) float32."""
-        rows = packed.reshape(-1, packed.shape[3])
-        return kernels.reconstruct(rows, _ones(rows), self.tables(packed.device), backend=self.backend)
-
 
 class ValueCodec(StateCodec):
-    """Values: each coordinate's codes lie together, along the tokens of a block."""
+    """Values of scalar levels: each coordinate's codes lie together, along the tokens of a block."""
 
     def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
         """(B, H, C / block, bytes of a block)."""
@@ -260,7 +252,7 @@ class ValueCodec(StateCodec):
         """(B, H, C / block, D bytes) to (B H C, D) float32."""
         blocks = packed.reshape(-1, packed.shape[3])
         parts, byte = [], 0
-        for table in self.tables(packed.device):
+        for table in self.quantizer.tables(packed.device):
             along: BandTable = table._replace(size=self.block_length)
             columns = blocks[:, byte : byte + table.size * along.nbytes].reshape(-1, along.nbytes)
             levels = kernels.reconstruct(columns, _ones(columns), (along,), backend=self.backend)
@@ -269,10 +261,18 @@ class ValueCodec(StateCodec):
         return torch.cat(parts, dim=1).transpose(1, 2).reshape(-1, self.dim)
 
 
+def codec_of(codec: Codec, plan: BitPlan) -> Codec:
+    """What codes a plan: "scalar" where none of its widths goes along a trellis."""
+    return codec if any(codecs.along_path(codec, band.width) for band in plan.bands) else "scalar"
+
+
 @lru_cache(maxsize=256)
-def value_codec(dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str) -> ValueCodec:
+def value_codec(
+    dim: int, bits: float | BitPlan, block_length: int, seed: int, backend: str, codec: Codec = "scalar"
+) -> StateCodec:
     """The one codec of values with these arguments; its rotation is not that of keys."""
-    return ValueCodec(dim, bits, block_length, seed + 1, backend)
+    kind = ValueCodec if codec_of(codec, BitPlan.of(dim, bits)) == "scalar" else StateCodec
+    return kind(dim, bits, block_length, seed + 1, backend, codec)
 
 
 def _ones(rows: Tensor) -> Tensor:
