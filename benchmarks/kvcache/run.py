@@ -5,7 +5,8 @@ through the compressed path at every position. All caches read the same document
 cache of the same model, position by position. Quality is measured in float32, so that what differs is the cache's
 doing; bytes are those of a bfloat16 cache.
 
-A run adds to the file at --output: measure one family, or one part, at a time with --only and --parts.
+A run adds to the file at --output: measure one family, or one part, at a time with --only and --parts. With --speed
+it is `whole_model` that runs: a large random model on a GPU.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
+    if "--speed" in arguments:
+        from benchmarks.kvcache import whole_model
+
+        return whole_model.main([one for one in arguments if one != "--speed"])
     if arguments == ["--list"]:
         print("\n".join(one.name for one in configurations.catalogue()))
         return 0

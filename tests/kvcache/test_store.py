@@ -5,6 +5,7 @@ import pytest
 import torch
 from kv_oracle import dequantize, inverse_rotation, pairs_of
 
+from tqsearch.kvcache.history import History
 from tqsearch.kvcache.outliers import key_codec
 from tqsearch.kvcache.store import KeyCodec, ValueCodec, value_codec
 from tqsearch.plan import BitPlan
@@ -201,3 +202,26 @@ def test_the_oracle_itself_dequantizes_well(oracle, rng):
     error = ((estimate - rows) ** 2).sum(axis=1) / (rows**2).sum(axis=1)
     assert 0.006 < error.mean() < 0.013
     assert np.median(slack) < 1e-3
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.float32), (2.5, torch.float16)])
+def test_blocks_of_one_launch_are_those_of_plain_torch(bits, dtype):
+    """A cache's blocks are encoded by one kernel where Triton runs; the estimates are those of the other path."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    keys, values = (states_of(seed, 1, 2, 120, 64).to(dtype).to(device) * 3 for seed in (6, 7))
+    decoded = []
+    for backend in ("triton", "reference"):
+        history = [History.empty(states, codec(64, bits, 32, 0, backend)) for states, codec in
+                   ((keys, key_codec), (values, value_codec))]  # fmt: skip
+        for start, stop in ((0, 70), (70, 71), (71, 120)):
+            parts = (keys[:, :, start:stop], values[:, :, start:stop])
+            history = [past.append(part, 4).compress(8) for past, part in zip(history, parts, strict=True)]
+        assert [past.compressed_length for past in history] == [96, 96]
+        assert all(past.compressed.scales.dtype == torch.float16 for past in history)
+        decoded.append([past.decode().float() for past in history])
+    for one, other in zip(*decoded, strict=True):
+        # A code may differ where a coordinate lies within rounding of a boundary, and a float16 scale with it.
+        same = (one - other).norm(dim=3) <= 2e-3 * other.norm(dim=3)
+        assert same.float().mean() > 0.98
+        assert (one - other).norm() < 0.02 * other.norm()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from tqsearch import kernels
 from tqsearch.kernels import Compressed, Context, Dense
 from tqsearch.kvcache.history import History
-from tqsearch.kvcache.store import KeyCodec, StateCodec, ValueCodec
+from tqsearch.kvcache.store import KeyCodec, ValueCodec
 
 NAME = "turboquant"
 # Longer queries attend to decoded states: a program would decode each block once for every 16 rows.
@@ -53,6 +52,8 @@ class CompressedTensor(torch.Tensor):
     past: Past
     of_keys: bool
     _decoded: Tensor | None
+    # Attributes are read as of any tensor; operations come to __torch_dispatch__ all the same.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, past: Past, of_keys: bool) -> CompressedTensor:  # noqa: D102
@@ -104,12 +105,6 @@ def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Ten
     return CompressedTensor(past, True), CompressedTensor(past, False)
 
 
-@lru_cache(maxsize=64)
-def rotation_matrix(codec: StateCodec, device: torch.device) -> Tensor:
-    """The codec's rotation as a matrix R, (D, D) float32: the rotated vector of x is R x."""
-    return codec.quantizer.rotation.apply(torch.eye(codec.dim, device=device)).t().contiguous()
-
-
 def context_of(past: Past) -> Context:
     """What `kernels.attention` takes."""
     parts = []
@@ -117,7 +112,7 @@ def context_of(past: Past) -> Context:
         assert history.codec is not None
         assert history.compressed is not None
         device = history.recent.device
-        tables, rotation = history.codec.quantizer.tables(device), rotation_matrix(history.codec, device)
+        tables, rotation = history.codec.quantizer.tables(device), history.codec.matrix(device)
         parts.append(Compressed(history.compressed.packed, history.compressed.scales, tables, rotation))
     sinks, recent = Dense(past.keys.sinks, past.values.sinks), Dense(past.keys.recent, past.values.recent)
     assert past.keys.compressed is not None

@@ -73,7 +73,8 @@ class History:
     def compress(self, residual_length: int) -> History:
         """With the older recent tokens in compressed blocks, once `residual_length` + a block have gathered.
 
-        The first compression estimates the codec's constants from all recent tokens; later ones keep them.
+        The first compression estimates the codec's constants from all recent tokens, and waits for a GPU to choose the
+        scales' dtype; later ones keep both and wait for nothing.
 
         Args:
             residual_length: how many tokens stay recent at least.
@@ -89,7 +90,9 @@ class History:
         if self.compressed is None:
             compressed = self.codec.encode(old, **self.codec.estimate(self.recent))
         else:
-            compressed = self.compressed.cat(self.codec.encode(old, **self.compressed.constants()))
+            # On a GPU the first blocks have chosen the scales' dtype: to look at these would be to wait for them.
+            chosen = self.compressed.scales.dtype if old.is_cuda else None
+            compressed = self.compressed.cat(self.codec.encode(old, chosen, **self.compressed.constants()))
         return replace(self, compressed=compressed, recent=recent)
 
     def decode(self) -> Tensor:

@@ -132,6 +132,7 @@ class StateCodec:
         self.quantizer = TurboQuantizer(dim, bits, seed=seed, scale_dtype=torch.float32, codec=codec, backend=backend)
         self.dim, self.block_length, self.backend = dim, block_length, backend
         self.plan = self.quantizer.plan
+        self._matrices: dict[torch.device, Tensor] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.plan})"
@@ -167,23 +168,52 @@ class StateCodec:
         return states
 
     @torch.no_grad()
-    def encode(self, states: Tensor, **constants: Tensor) -> CompressedStates:
+    def encode(
+        self, states: Tensor, scale_dtype: torch.dtype | None = None, /, **constants: Tensor
+    ) -> CompressedStates:
         """Codes of whole blocks.
 
         Args:
             states: (B, H, C, D), any floating dtype, C a multiple of `block_length`.
+            scale_dtype: of the scales; None for what holds them, which a GPU has to be waited for to know.
             **constants: as `estimate` gives them.
         """
-        pieces = [self._encode(states[:, :, start:stop], constants) for start, stop in self.pieces(states)]
+        if self._in_one_launch(states):
+            from tqsearch.kernels.attention_append_triton import encode_blocks
+
+            along_tokens = isinstance(self, ValueCodec)
+            tables, rotation = self.quantizer.tables(states.device), self.matrix(states.device)
+            packed, scales = encode_blocks(
+                states, tables, rotation, constants.get("offset"), self.block_length, along_tokens
+            )
+            return CompressedStates(packed, scales.to(scale_dtype or _scale_dtype(scales)), **constants)
+        pieces = [self._encode(states[:, :, start:stop], scale_dtype, constants) for start, stop in self.pieces(states)]
         return pieces[0].cat(*pieces[1:]) if len(pieces) > 1 else pieces[0]
 
-    def _encode(self, states: Tensor, constants: dict[str, Tensor]) -> CompressedStates:
+    def _encode(
+        self, states: Tensor, scale_dtype: torch.dtype | None, constants: dict[str, Tensor]
+    ) -> CompressedStates:
         batch, heads, length, _ = states.shape
         coded = self.forth(states.float(), constants)
         encoded = self.quantizer.encode_levels(coded.reshape(-1, self.dim))
         scales = self.scales(encoded).view(batch, heads, length)
         packed = self.pack(encoded.packed, (batch, heads, length // self.block_length))
-        return CompressedStates(packed, scales.to(_scale_dtype(scales)), **constants)
+        return CompressedStates(packed, scales.to(scale_dtype or _scale_dtype(scales)), **constants)
+
+    def _in_one_launch(self, states: Tensor) -> bool:
+        """Whether there is a kernel that goes from states to packed codes."""
+        if type(self) not in (KeyCodec, ValueCodec) or self.quantizer.codec != "scalar":
+            return False
+        if states.stride(3) != 1 or self.dim > 256 or self.block_length % 32:
+            return False
+        known = all(band.width in kernels.TRITON_WIDTHS and band.size % 8 == 0 for band in self.plan.bands)
+        return known and kernels.select(self.backend, states.device) == "triton"
+
+    def matrix(self, device: torch.device) -> Tensor:
+        """The rotation as a matrix R, (D, D) float32: the rotated vector of x is R x."""
+        if device not in self._matrices:
+            self._matrices[device] = self.quantizer.rotation.apply(torch.eye(self.dim, device=device)).t().contiguous()
+        return self._matrices[device]
 
     @torch.no_grad()
     def decode(self, compressed: CompressedStates, out: Tensor) -> None:

@@ -1,0 +1,271 @@
+"""`python -m benchmarks kvcache --speed`: a whole model's decoding on a GPU, compressed cache beside dense.
+
+A model of Llama-3.1-8B's shape with random weights, bfloat16. Caches are filled with random states, layer by layer, so
+that no prompt has to be read; time does not depend on them. Then `generate` goes on for some tokens, greedily. A step
+is the time between two tokens, as a stopping criterion sees it once the device is done; the median counts. The dense
+cache is the library's `DynamicCache` with its "sdpa" attention; ours is `TurboQuantCache` with attention "turboquant".
+Beside this one step is replayed from a CUDA graph, where that fits: what the device takes without the host.
+
+Memory is the allocator's: the most that was allocated while generating, weights and caches included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache
+
+from benchmarks.environment import environment
+from benchmarks.kernels import milliseconds
+from benchmarks.kvcache.speed import now
+from benchmarks.search import RESULTS
+from tqsearch.kvcache import TurboQuantCache
+
+CONTEXTS = (8192, 32768, 131072)
+BATCHES = (1, 8)
+STEPS, WARM = 16, 4
+ROOM = 64  # tokens of a context left for warm-up and steps
+FILL = 8192  # tokens of a layer filled at a time
+SPARE = 5e9  # bytes left for logits, activations and one layer's second copy
+MOST_IN_GRAPHS = 60e9  # bytes of a cache whose step is captured: a graph of a dense step holds a second copy
+DENSE = "DynamicCache"
+ALLOCATOR = "expandable_segments:True"
+DEVICE = "cuda"
+COLUMNS = (
+    "context",
+    "batch",
+    "cache",
+    "tokens/s",
+    "ms a step",
+    "ms, from a graph",
+    "peak memory, GB",
+    "times as fast",
+    "from a graph, times",
+)
+
+
+def model_of(layers: int) -> LlamaForCausalLM:
+    """Llama-3.1-8B's shape."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+class Clock(StoppingCriteria):
+    """Never stops, and notes the time."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """False for every row."""
+        self.times.append(now(input_ids.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def fill(cache: Any, config: LlamaConfig, batch: int, tokens: int) -> None:
+    """Random keys and values, in every layer."""
+    shape = batch, config.num_key_value_heads, config.head_dim
+    for layer in range(config.num_hidden_layers):
+        for start in range(0, tokens, FILL):
+            count = min(FILL, tokens - start)
+            states = [
+                torch.randn((shape[0], shape[1], count, shape[2]), device=DEVICE, dtype=torch.bfloat16)
+                for _ in range(2)
+            ]
+            cache.update(*states, layer)
+
+
+def dense_cache(config: LlamaConfig, batch: int, tokens: int) -> DynamicCache:
+    """As `fill`, without the copies that growing makes."""
+    cache = DynamicCache(config=config)
+    shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
+    for index, layer in enumerate(cache.layers):
+        none = torch.empty((batch, shape[1], 0, shape[3]), device=DEVICE, dtype=torch.bfloat16)
+        cache.update(none, none, index)
+        layer.keys, layer.values = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return cache
+
+
+@torch.inference_mode()
+def measured(model: LlamaForCausalLM, make: Callable[[], Any], batch: int, context: int) -> dict[str, Any]:
+    """One cache at one batch and context."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    cache = make()
+    tokens = torch.randint(0, model.config.vocab_size, (batch, context - ROOM + 1), device=DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    clock = Clock()
+    model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        past_key_values=cache,
+        max_new_tokens=WARM + STEPS + 1,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    intervals = [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)][WARM:]
+    step = sorted(intervals)[len(intervals) // 2]
+    held = torch.cuda.memory_allocated() - sum(part.nbytes for part in model.parameters())
+    peak = torch.cuda.max_memory_allocated()
+    return {
+        "batch": batch,
+        "context": context,
+        "tokens_per_second": round(batch / step, 1),
+        "step_ms": round(step * 1e3, 3),
+        "slowest_step_ms": round(max(intervals) * 1e3, 3),
+        "graph_ms": replayed(model, cache, batch) if held < MOST_IN_GRAPHS else None,
+        "peak_gb": round(peak / 1e9, 2),
+        "held_gb": round(held / 1e9, 2),
+    }
+
+
+def replayed(model: LlamaForCausalLM, cache: Any, batch: int) -> float:
+    """One step from a CUDA graph, the same at every replay: milliseconds."""
+    token = torch.zeros((batch, 1), dtype=torch.int64, device=DEVICE)
+    places = torch.full((batch, 1), cache.get_seq_length(), device=DEVICE)
+
+    def step() -> Tensor:
+        branch = forked(cache)
+        return model(token, position_ids=places, past_key_values=branch, logits_to_keep=1).logits
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    found = round(milliseconds(graph.replay, 0.1), 3)
+    graph.reset()
+    return found
+
+
+def forked(cache: Any) -> Any:
+    """A second cache over the same tensors, which neither kind changes in place."""
+    if isinstance(cache, TurboQuantCache):
+        return cache.fork()
+    branch = DynamicCache(config=None)
+    for layer in cache.layers:
+        copied = type(layer)()
+        copied.lazy_initialization(layer.keys, layer.values)
+        copied.keys, copied.values = layer.keys, layer.values
+        branch.layers.append(copied)
+    return branch
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks kvcache --speed", description=__doc__)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--contexts", type=lambda text: [int(part) for part in text.split(",")], default=CONTEXTS)
+    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=BATCHES)
+    parser.add_argument("--largest", action=argparse.BooleanOptionalAction, default=True, help="batches that just fit")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels", help="folder of the JSON file")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("benchmarks kvcache --speed needs a CUDA GPU, and torch sees none")
+        return 1
+    # Growing a dense cache by a token a step leaves holes that fit nothing, but for this.
+    torch.cuda.memory._set_allocator_settings(ALLOCATOR)
+    torch.manual_seed(options.seed)
+    model = model_of(options.layers)
+    config = model.config
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = total - sum(part.nbytes for part in model.parameters()) - SPARE
+    dense_token = 4 * options.layers * config.num_key_value_heads * config.head_dim
+    ours_token = dense_token * (options.bits / 16 + 1 / config.head_dim)
+    ours = f"TurboQuantCache K{options.bits}V{options.bits}"
+    result: dict[str, Any] = {
+        "benchmark": "whole model",
+        "environment": {**environment(options.seed), "transformers": importlib.metadata.version("transformers")},
+        "model": {"parameters": sum(part.numel() for part in model.parameters()), "layers": options.layers},
+        "allocator": ALLOCATOR,
+        "columns": list(COLUMNS),
+        "rows": [],
+        "runs": [],
+    }
+
+    def make(name: str, batch: int, tokens: int) -> Any:
+        if name == DENSE:
+            return dense_cache(config, batch, tokens)
+        cache = TurboQuantCache(config, bits=options.bits)
+        fill(cache, config, batch, tokens)
+        return cache
+
+    for context in options.contexts:
+        batches = list(options.batches)
+        if options.largest:
+            fits = [int(room / (context * each * (1 + 2 / options.layers))) for each in (dense_token, ours_token)]
+            batches += [batch for batch in fits if batch not in batches]
+        baseline: dict[int, dict[str, Any]] = {}
+        for batch in batches:
+            for name, each, implementation in ((DENSE, dense_token, "sdpa"), (ours, ours_token, "turboquant")):
+                if context * batch * each > room:
+                    continue
+                model.set_attn_implementation(implementation)
+                try:
+                    run = measured(model, partial(make, name, batch, context - ROOM), batch, context)
+                except torch.cuda.OutOfMemoryError:
+                    print(f"{name}: {batch} x {context} does not fit", flush=True)
+                    continue
+                if name == DENSE:
+                    baseline[batch] = run
+                row = _row(name, run, baseline.get(batch))
+                result["runs"].append({"cache": name, **run})
+                result["rows"].append(row)
+                print(*row, run["slowest_step_ms"], sep="\t", flush=True)
+                options.out.mkdir(parents=True, exist_ok=True)
+                (options.out / "whole-model.json").write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _row(name: str, run: dict[str, Any], dense: dict[str, Any] | None) -> list[Any]:
+    """A row of the table."""
+    times, graph_times = None, None
+    if dense is not None and name != DENSE:
+        times = round(run["tokens_per_second"] / dense["tokens_per_second"], 2)
+        if dense["graph_ms"] and run["graph_ms"]:
+            graph_times = round(dense["graph_ms"] / run["graph_ms"], 2)
+    return [
+        run["context"],
+        run["batch"],
+        name,
+        run["tokens_per_second"],
+        run["step_ms"],
+        run["graph_ms"],
+        run["peak_gb"],
+        times,
+        graph_times,
+    ]

@@ -1,0 +1,126 @@
+"""Compressed caches on a GPU: attention by the compiled kernels, nothing that waits, layers on the CPU in between."""
+
+import families
+import pytest
+import torch
+
+from tqsearch.kvcache import TurboQuantCache
+from tqsearch.kvcache import attention as plug
+from tqsearch.kvcache.layer import TurboQuantLayer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+STEPS = (70, 1, 1, 5, 1, 30, 1, 1)
+NO_CODES = {"deepseek-v3"}  # latents are compressed, RoPE keys are not: there is no pair
+# What rounding queries and weights to 15 bits adds to a float32 model, by docs/attention.md; the layers enlarge it.
+TOLERANCE = 5e-3
+
+
+def cache_of(model, **options):
+    return TurboQuantCache(model.config, residual_length=8, sink_length=4, block_length=32, **options)
+
+
+def close(actual, expected):
+    assert torch.isfinite(actual).all()
+    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 2.5)])
+@pytest.mark.parametrize("name", families.CONFIGS)
+@torch.no_grad()
+def test_logits(name, bits):
+    """From the codes as from decoded states: left padding, a first prompt, single tokens, drafts, a long chunk."""
+    model = families.make(name).cuda()
+    own = model.config._attn_implementation
+    widths = {"key_bits": bits[0], "value_bits": bits[0] if name in NO_CODES else bits[1]}
+    plain = cache_of(model, **widths)
+    model.set_attn_implementation(plug.NAME)
+    fused = cache_of(model, **widths)
+    ids = families.tokens(2, sum(STEPS)).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    start = 0
+    for step in STEPS:
+        stop = start + step
+        inputs = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+        model.set_attn_implementation(plug.NAME)
+        actual = model(**inputs, past_key_values=fused).logits[:, -1]
+        model.set_attn_implementation(own)
+        close(actual, model(**inputs, past_key_values=plain).logits[:, -1])
+        start = stop
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2, 8])
+@torch.no_grad()
+def test_a_step_waits_for_nothing(bits):
+    """Neither a token nor a block that is full makes the host wait, once the first blocks have been compressed."""
+    model = families.make("llama").cuda()
+    model.set_attn_implementation(plug.NAME)
+    cache = cache_of(model, bits=bits)
+    ids = families.tokens(2, 200).cuda()
+    for start, stop in ((0, 100), *((at, at + 1) for at in range(100, 140))):  # kernels are compiled here
+        model(ids[:, start:stop], past_key_values=cache)
+    before = cache.layers[0].past[0].compressed_length
+    places = torch.arange(200, device="cuda")[None].expand(2, -1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for at in range(140, 200):
+            model(ids[:, at : at + 1], position_ids=places[:, at : at + 1], past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.layers[0].past[0].compressed_length > before
+    assert torch.isfinite(model(ids[:, -1:], past_key_values=cache).logits).all()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", plug.NAME])
+@torch.no_grad()
+def test_offloading_changes_nothing(implementation):
+    """The tokens and the logits are those of a cache that stays; layers not in use are on the CPU."""
+    model = families.make("llama").cuda()
+    model.set_attn_implementation(implementation)
+    ids = families.tokens(2, 90).cuda()
+    found = []
+    for offloading in (False, True):
+        cache = cache_of(model, offloading=offloading)
+        found.append(
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=40,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        )
+    torch.cuda.synchronize()
+    stays, goes = found
+    assert torch.equal(stays.sequences, goes.sequences)
+    assert all(torch.equal(*pair) for pair in zip(stays.logits, goes.logits, strict=True))
+    layers = [layer for layer in cache.layers if isinstance(layer, TurboQuantLayer)]
+    devices = [{part.device.type for history in layer.past for part in history.tensors().values()} for layer in layers]
+    assert {"cpu"} in devices
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_blocks_encoded_in_one_launch_decode_as_those_of_many(dim, dtype):
+    """The kernel's blocks against plain torch's: a code may differ where a coordinate lies on a boundary."""
+    from tqsearch.kvcache.outliers import key_codec
+    from tqsearch.kvcache.store import value_codec
+
+    states = torch.randn((2, 3, 256, dim), generator=torch.Generator().manual_seed(1)).to(dtype).cuda() * 5
+    for codec in (key_codec, value_codec):
+        one, many = (codec(dim, 3, 128, 0, backend) for backend in ("triton", "reference"))
+        constants = one.estimate(states)
+        decoded = []
+        for coder in (one, many):
+            compressed = coder.encode(states, **constants)
+            assert compressed.scales.dtype == torch.float16
+            decoded.append(torch.empty_like(states, dtype=torch.float32))
+            coder.decode(compressed, decoded[-1])
+        equal = ((decoded[0] - decoded[1]).norm(dim=3) <= 2e-3 * decoded[1].norm(dim=3)).float().mean()
+        assert equal > 0.98
+        norms = [((part - states.float()).norm() / states.float().norm()).item() for part in decoded]
+        assert abs(norms[0] - norms[1]) < 1e-3 * norms[1]
