@@ -82,11 +82,13 @@ class Estimator:
         return columns
 
     def scanned(self, queries: Tensor) -> Scanned:
-        """Queries, (q, dim) float32 and of norm 1 for "cosine", as the scan takes them.
+        """Queries, (q, dim) float32, as the scan takes them; for "cosine" they are divided by their norms first.
 
         Raises:
             InvalidInputError: a squared norm overflows float32.
         """
+        if self.metric == "cosine":
+            queries = unit_rows(queries)
         constant = torch.zeros(1, device=queries.device)
         centre = self.quantizer.centre
         if centre is not None:
@@ -105,6 +107,14 @@ class Estimator:
         if self.unit != 1.0:
             queries = queries.double() / self.unit
         return Scanned(self.quantizer.scanned_queries(queries), self.unit, constant)
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Rows, (n, dim) float32, divided by their norms; zero rows stay zero."""
+    largest = vectors.abs().amax(dim=1, keepdim=True) if vectors.shape[0] else vectors[:, :1]
+    vectors = vectors / torch.where(largest > 0, largest, 1.0)  # so that squares neither overflow nor vanish
+    norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / torch.where(norms > 0, norms, 1.0)
 
 
 def bias_dtype(metric: str, keeps_product: bool, *, learnt_axes: bool) -> torch.dtype | None:

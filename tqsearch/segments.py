@@ -4,11 +4,15 @@ Rows live in a list of segments. An append makes a segment of exactly its size, 
 small segments are merged as they gather, each row being copied O(log n) times, until a segment is large enough to stay.
 A removal moves rows from the end into the holes; what it frees at the end is reused by the next append, and given back
 once a segment is less than half full.
+
+A change that is to be made whole or not at all is made on a `copy`, which shares the tensors. Of these an append writes
+only what no copy uses, and `filled` puts back what it wrote.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +66,12 @@ class SegmentedRows:
             yield start, segment.used()
             start += segment.size
 
+    def copy(self) -> SegmentedRows:
+        """The same rows in the same tensors; a change of the one is not seen by the other, but for `filled`."""
+        copied = SegmentedRows()
+        copied.segments = [Segment(dict(segment.columns), segment.size) for segment in self.segments]
+        return copied
+
     def append(self, columns: Columns) -> None:
         """Adds rows at the end; the columns' memory is taken over, not copied, unless it fills freed space."""
         count = len(next(iter(columns.values())))
@@ -78,13 +88,18 @@ class SegmentedRows:
 
     def _merge(self) -> None:
         """Merges the last segments while the last is at least half its neighbour's size and they are small enough."""
-        while len(self.segments) > 1:
-            left, right = self.segments[-2:]
-            if 2 * right.size < left.size or left.nbytes + right.nbytes > MERGE_BYTES:
-                return
-            a, b = left.used(), right.used()
-            merged = {name: torch.cat([a[name], b[name]]) for name in a}
-            self.segments[-2:] = [Segment(merged, left.size + right.size)]
+        first = len(self.segments) - 1
+        size, nbytes = self.segments[first].size, self.segments[first].nbytes
+        while first:
+            left = self.segments[first - 1]
+            if 2 * size < left.size or left.nbytes + nbytes > MERGE_BYTES:
+                break
+            first, size, nbytes = first - 1, left.size + size, left.nbytes + nbytes
+        if first < len(self.segments) - 1:
+            parts = [segment.used() for segment in self.segments[first:]]
+            self.segments[first:] = [
+                Segment({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, size)
+            ]
 
     def add_column(self, name: str, values: Tensor) -> None:
         """Adds a column; `values` has a row for each row there is."""
@@ -93,43 +108,56 @@ class SegmentedRows:
             column[: segment.size] = values[start : start + segment.size]
             segment.columns[name] = column
 
+    def _inside(self, rows: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Where rows lie: each segment's columns with their names, places in them, and which of `rows` lie there."""
+        for start, columns in self.runs():
+            size = len(next(iter(columns.values())))
+            which = ((rows >= start) & (rows < start + size)).nonzero().flatten()
+            places = rows[which] - start
+            for name, column in columns.items():
+                yield name, column, places, which
+
     def gather(self, rows: Tensor) -> Columns:
         """The rows of those numbers, (m,) int64 on the columns' device, in their order."""
         result: Columns = {}
-        for start, columns in self.runs():
-            size = len(next(iter(columns.values())))
-            inside = ((rows >= start) & (rows < start + size)).nonzero().flatten()
-            for name, column in columns.items():
-                if name not in result:
-                    result[name] = column.new_empty((len(rows), *column.shape[1:]))
-                result[name][inside] = column[rows[inside] - start]
+        for name, column, places, which in self._inside(rows):
+            if name not in result:
+                result[name] = column.new_empty((len(rows), *column.shape[1:]))
+            result[name][which] = column[places]
         return result
 
-    def remove(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Removes rows and fills their places from the end.
+    def moves(self, removed: Tensor) -> tuple[Tensor, Tensor]:
+        """How the places of removed rows are filled from the end.
 
         Args:
-            rows: (m,) int64, distinct row numbers, on the columns' device.
+            removed: (m,) int64, distinct row numbers, on the columns' device.
 
         Returns:
-            Old and new numbers of the rows that moved, both int64.
+            Old and new numbers of the rows that move, both int64; the new ones are places of removed rows.
         """
-        left = len(self) - len(rows)
-        holes = rows[rows < left]
-        at_end = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        at_end[rows[rows >= left] - left] = False
-        moved = at_end.nonzero().flatten() + left
-        if len(moved):
-            self._scatter(holes, self.gather(moved))
-        self._truncate(left)
-        return moved, holes
+        left = len(self) - len(removed)
+        at_end = torch.ones(len(removed), dtype=torch.bool, device=removed.device)
+        at_end[removed[removed >= left] - left] = False
+        return at_end.nonzero().flatten() + left, removed[removed < left]
 
-    def _scatter(self, rows: Tensor, values: Columns) -> None:
-        for start, columns in self.runs():
-            size = len(next(iter(columns.values())))
-            inside = ((rows >= start) & (rows < start + size)).nonzero().flatten()
-            for name, column in columns.items():
-                column[rows[inside] - start] = values[name][inside]
+    @contextmanager
+    def filled(self, old: Tensor, new: Tensor, left: int) -> Iterator[None]:
+        """Moves rows, as `moves` says, and drops those from number `left` on.
+
+        Where this or the block fails, the tensors, which copies share, are as before.
+        """
+        source = self.copy()
+        undo = [(column, places, column[places]) for _, column, places, _ in self._inside(new)]
+        self._truncate(left)
+        size = max(1, MERGE_BYTES // max(1, self.nbytes // max(1, left)))
+        try:
+            for some, holes in zip(torch.split(old, size), torch.split(new, size), strict=True):
+                values = source.gather(some)
+                _write([(column, places, values[name][which]) for name, column, places, which in self._inside(holes)])
+            yield
+        except BaseException:
+            _write(undo)
+            raise
 
     def _truncate(self, count: int) -> None:
         while self.segments and len(self) - self.segments[-1].size >= count:
@@ -148,3 +176,9 @@ class SegmentedRows:
             columns = {name: column.to(device) for name, column in segment.columns.items()}
             moved.segments.append(Segment(columns, segment.size))
         return moved
+
+
+def _write(writes: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Takes no memory, so that it cannot fail for want of it."""
+    for column, places, values in writes:
+        column.index_copy_(0, places, values)

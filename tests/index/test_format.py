@@ -109,7 +109,7 @@ class TestSpecification:
         for part in np.split(np.arange(60), [40, 50, 55, 57]):
             parts.add(rows(60)[part], ids=ids[part])
         whole.save(tmp_path / "whole")
-        assert len(parts._rows.segments) > 1
+        assert len(parts._contents.rows.segments) > 1
         for chunk in (1, 37, 200):
             monkeypatch.setattr(file_format, "_CHUNK", chunk)
             parts.save(tmp_path / "parts")
@@ -252,7 +252,7 @@ class TestWriting:
         if exists:
             made(20).save(path)
         before = path.read_bytes() if exists else None
-        ((_, columns),) = index._rows.runs()
+        ((_, columns),) = index._contents.rows.runs()
         broken = {**columns, "packed": columns["packed"].to("meta")}
         header = file_format.Header(12, "l2", index.plan.pairs(), "hadamard", 3, 80, 500)
         with pytest.raises(NotImplementedError):
@@ -326,7 +326,7 @@ class TestMapped:
         loaded = TurboQuantIndex.load(tmp_path / "index")
         maps = Path("/proc/self/maps").read_text().splitlines()
         ranges = [line.split()[0].split("-") for line in maps if line.endswith(str(tmp_path / "index"))]
-        for segment in loaded._rows.segments:
+        for segment in loaded._contents.rows.segments:
             for name, column in segment.columns.items():
                 address = column.data_ptr()
                 assert any(int(low, 16) <= address < int(high, 16) for low, high in ranges), name

@@ -62,7 +62,8 @@ class TestParts:
         np.testing.assert_array_equal(parts.ids, np.arange(len(vectors)))
         for name in ("packed", "scales", "bias"):
             joined = [
-                torch.cat([c[name] for _, c in index._rows.runs()]) if sum(sizes) else 0 for index in (whole, parts)
+                torch.cat([c[name] for _, c in index._contents.rows.runs()]) if sum(sizes) else 0
+                for index in (whole, parts)
             ]
             np.testing.assert_array_equal(*joined)
 
@@ -196,7 +197,7 @@ class TestSpace:
             index.add(rows(count))
             held = sum(tensor.nbytes for tensor in parsed(index).tensors.values())
             assert index.nbytes == index.bytes_per_vector * len(index) == held
-            storages = [c.untyped_storage().nbytes() for s in index._rows.segments for c in s.columns.values()]
+            storages = [c.untyped_storage().nbytes() for s in index._contents.rows.segments for c in s.columns.values()]
             assert index.nbytes == sum(storages)
 
     def test_freed_space_is_reused(self) -> None:
@@ -210,13 +211,13 @@ class TestSpace:
             # Rows, an id map of 16 bytes a row, and at most 1024 changes of it at 100 bytes each.
             assert row * 2000 <= index.nbytes <= (row + 16) * 2000 + 1024 * 100
         index.remove(index.ids[:1990])
-        assert sum(segment.nbytes for segment in index._rows.segments) <= 2 * row * 10 + row
+        assert sum(segment.nbytes for segment in index._contents.rows.segments) <= 2 * row * 10 + row
 
     def test_removal_does_not_touch_what_stays(self) -> None:
         """Removing one of many rows moves one row: the big columns stay where they are."""
         index = TurboQuantIndex(DIM, 4)
         index.add(rows(1000))
         index.remove([10])
-        before = [segment.columns["packed"].data_ptr() for segment in index._rows.segments]
+        before = [segment.columns["packed"].data_ptr() for segment in index._contents.rows.segments]
         index.remove([20, 999])
-        assert [segment.columns["packed"].data_ptr() for segment in index._rows.segments] == before
+        assert [segment.columns["packed"].data_ptr() for segment in index._contents.rows.segments] == before

@@ -27,7 +27,7 @@ def made(metric: Any = "l2", *, plain: bool) -> TurboQuantIndex:
     for size in (200, 90, 70, 30, 10):
         index.add(vectors[start : start + size], ids=ids[start : start + size])
         start += size
-    assert len(index._rows.segments) > 1
+    assert len(index._contents.rows.segments) > 1
     return index
 
 
@@ -87,7 +87,7 @@ def test_gathered_rows_score_as_masked_rows(metric: Any) -> None:
 
 
 def test_gather_in_blocks(parsed: ParsedOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tqsearch.index._GATHER_BLOCK", 7)
+    monkeypatch.setattr("tqsearch.scanning._GATHER_BLOCK", 7)
     index = made(plain=False)
     content = parsed(index)
     chosen = np.arange(0, N, 9)

@@ -55,8 +55,11 @@ class RowsBesideAList(RuleBasedStateMachine):
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         removed = data.draw(st.lists(st.integers(0, len(self.model) - 1), unique=True, max_size=len(self.model)))
-        old, new = (part.tolist() for part in self.rows.remove(torch.tensor(removed, dtype=torch.int64)))
+        moves = self.rows.moves(torch.tensor(removed, dtype=torch.int64))
+        old, new = (part.tolist() for part in moves)
         left = len(self.model) - len(removed)
+        with self.rows.filled(*moves, left):
+            pass
         # What moves: the rows past the new end that stay, into the holes before it.
         assert sorted(old) == [row for row in range(left, len(self.model)) if row not in removed]
         assert sorted(new) == sorted(row for row in removed if row < left)
