@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from kv_trellis_oracle import nearest_levels
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 # Float32 against float64, relative to a vector's norm.
@@ -27,24 +28,18 @@ def inverse_rotation(oracle, dim, seed):
     return oracle.rotate(np.eye(dim), seed).T
 
 
-def dequantize(oracle, rows, pairs, seed, offset=None):
+def dequantize(oracle, rows, pairs, seed, offset=None, codec="scalar"):
     """Rows (n, d) encoded and decoded in float64.
 
     Returns:
         the estimates, and for each row by how much rounding alone may move its estimate: where a coordinate lies within
-        rounding of a boundary, or the scale of a tie of float16.
+        rounding of a boundary, two walks through a trellis are equally good, or the scale is near a tie of float16.
     """
     dim = rows.shape[1]
     shift = 0.0 if offset is None else offset
     rest = rows - shift
     unit = oracle.unit(rest, seed)
-    levels, slack = np.zeros_like(unit), np.zeros(len(rows))
-    for band, table, boundaries in oracle.tables(pairs, dim):
-        index = np.searchsorted(boundaries, unit[:, band], side="left")
-        levels[:, band] = table[index]
-        if len(boundaries):
-            gap = np.abs(unit[:, band, None] - boundaries).min(axis=2)
-            slack += (gap < 1e-4).sum(axis=1) * np.diff(table).max()
+    levels, slack = nearest_levels(unit, pairs) if codec == "trellis" else scalar_levels(oracle, unit, pairs)
     norms, dots = np.linalg.norm(rest, axis=1), (unit * levels).sum(axis=1)
     exact = np.where(dots > 0, norms * math.sqrt(dim) / np.where(dots > 0, dots, 1.0), 0.0)
     with np.errstate(over="ignore"):
@@ -54,6 +49,18 @@ def dequantize(oracle, rows, pairs, seed, offset=None):
     return estimate + shift, slack + ROUNDING * (
         np.linalg.norm(rows, axis=1) + np.linalg.norm(np.broadcast_to(shift, rows.shape), axis=1)
     )
+
+
+def scalar_levels(oracle, unit, pairs):
+    """The nearest level of each coordinate, and for each row the gaps of those at a boundary."""
+    levels, slack = np.zeros_like(unit), np.zeros(len(unit))
+    for band, table, boundaries in oracle.tables(pairs, unit.shape[1]):
+        index = np.searchsorted(boundaries, unit[:, band], side="left")
+        levels[:, band] = table[index]
+        if len(boundaries):
+            gap = np.abs(unit[:, band, None] - boundaries).min(axis=2)
+            slack += (gap < 1e-4).sum(axis=1) * np.diff(table).max()
+    return levels, slack
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Shape:
     sinks: int = 4
     block: int = 8
     seed: int = 0
+    codec: str = "scalar"
 
 
 class FakeQuantMixin:
@@ -102,7 +110,9 @@ class FakeQuantMixin:
                     rows = states[:, head, start:stop].double().numpy()
                     offset = self.offset[head].double().numpy() if which == 0 else None
                     pairs = pairs_of(bits, rows.shape[2])
-                    estimate, slack = dequantize(self.oracle, rows.reshape(-1, rows.shape[2]), pairs, seed, offset)
+                    codec = "scalar" if bits == 8 else shape.codec
+                    flat = rows.reshape(-1, rows.shape[2])
+                    estimate, slack = dequantize(self.oracle, flat, pairs, seed, offset, codec)
                     states[:, head, start:stop] = torch.from_numpy(estimate.reshape(rows.shape)).to(states.dtype)
                     self.slack[which][:, head, start:stop] += torch.from_numpy(slack.reshape(rows.shape[:2]))
             self.old += count

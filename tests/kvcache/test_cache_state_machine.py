@@ -33,13 +33,15 @@ class CacheMachine(RuleBasedStateMachine):
         sinks=st.sampled_from([0, 4]),
         block=st.sampled_from([8, 16]),
         seed=st.integers(0, 3),
+        codec=st.sampled_from(["scalar", "scalar", "trellis"]),
         batch=st.integers(1, 2),
     )
-    def start(self, widths, residual, sinks, block, seed, batch):
+    def start(self, widths, residual, sinks, block, seed, codec, batch):
         self.config = families.CONFIGS["llama"]()
         self.options = {"residual_length": residual, "sink_length": sinks, "block_length": block, "seed": seed}
+        self.options["codec"] = codec
         self.cache = TurboQuantCache(self.config, key_bits=widths[0], value_bits=widths[1], **self.options)
-        self.dense = fake_cache(self.oracle, self.config, Shape(*widths, residual, sinks, block, seed))
+        self.dense = fake_cache(self.oracle, self.config, Shape(*widths, residual, sinks, block, seed, codec))
         self.generator = torch.Generator().manual_seed(seed)
         self.batch, self.other = batch, None
 

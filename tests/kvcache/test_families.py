@@ -14,13 +14,19 @@ from tqsearch.kvcache.layer import TurboQuantLayer
 WIDTHS = [(4, 4), (3.5, 2.5), (4, 2), (8, 1), (5, 6), (3, 3), (2, 7)]
 
 
-def pair_of(oracle, name, bits, *, residual=8, sinks=4):
+def pair_of(oracle, name, bits, *, residual=8, sinks=4, codec="scalar"):
     """A model, its compressed cache and the oracle of it."""
     model = families.make(name)
     latent = name.startswith("deepseek")
-    shape = Shape(bits[0], None if latent else bits[1], residual, sinks, 8)
+    shape = Shape(bits[0], None if latent else bits[1], residual, sinks, 8, codec=codec)
     cache = TurboQuantCache(
-        model.config, key_bits=bits[0], value_bits=bits[1], residual_length=residual, sink_length=sinks, block_length=8
+        model.config,
+        key_bits=bits[0],
+        value_bits=bits[1],
+        residual_length=residual,
+        sink_length=sinks,
+        block_length=8,
+        codec=codec,
     )
     return model, cache, fake_cache(oracle, model.config, shape)
 
@@ -53,10 +59,28 @@ STEPS = (21, 5, *[1] * 10, 19, *[1] * 3)
 
 
 @pytest.mark.parametrize("name", families.CONFIGS)
-@torch.no_grad()
 def test_logits(oracle, name):
-    bits = WIDTHS[sum(map(ord, name)) % len(WIDTHS)]
-    model, cache, dense = pair_of(oracle, name, bits)
+    check_logits(*pair_of(oracle, name, WIDTHS[sum(map(ord, name)) % len(WIDTHS)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("llama", (3, 3)),
+        ("llama-mqa", (2, 1)),
+        ("gemma2", (2.5, 4)),
+        ("gpt-oss", (8, 2)),
+        ("falcon-h1", (1, 8)),
+        ("deepseek-v3", (4, 4)),
+    ],
+)
+def test_logits_of_trellis_codes(oracle, name, bits):
+    check_logits(*pair_of(oracle, name, bits, codec="trellis"))
+
+
+@torch.no_grad()
+def check_logits(model, cache, dense):
+    """Step by step, with left padding."""
     ids = families.tokens(2, sum(STEPS))
     mask = torch.ones_like(ids)
     mask[0, :6] = 0  # left padding, sinks and all

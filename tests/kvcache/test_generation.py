@@ -19,12 +19,12 @@ from tqsearch.kvcache.layer import TurboQuantLayer
 MODELS = ("llama", "gemma2", "falcon-h1", "deepseek-v3")
 
 
-def both(oracle, model, bits=1, residual=8, sinks=4):
+def both(oracle, model, bits=1, residual=8, sinks=4, codec="scalar"):
     # One bit: what is wrong shows most, and with one boundary a coordinate few lie within rounding of one, where the
     # oracle may choose another code: random models make much of that.
     latent = getattr(model.config, "kv_lora_rank", None)
-    shape = Shape(bits, None if latent else bits, residual, sinks, 8)
-    ours = TurboQuantCache(model.config, bits, residual_length=residual, sink_length=sinks, block_length=8)
+    shape = Shape(bits, None if latent else bits, residual, sinks, 8, codec=codec)
+    ours = TurboQuantCache(model.config, bits, residual_length=residual, sink_length=sinks, block_length=8, codec=codec)
     return ours, fake_cache(oracle, model.config, shape)
 
 
@@ -72,6 +72,17 @@ def test_prompt_lookup_equals_greedy(oracle, name, residual):
     model = families.make(name)
     ids = families.tokens(1, 12).repeat(1, 3)
     check_same(model, both(oracle, model, residual=residual), ids, do_sample=False, prompt_lookup_num_tokens=6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": False}, {"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 6}],
+    ids=["greedy", "beams", "prompt-lookup"],
+)
+def test_modes_with_trellis_codes(oracle, options):
+    model = families.make("llama")
+    ids = families.tokens(1, 12).repeat(1, 3)
+    check_same(model, both(oracle, model, residual=0, codec="trellis"), ids, **options)
 
 
 def test_assisted_generation(oracle):
@@ -177,6 +188,15 @@ def test_compress_serves_every_kind_of_model(name):
     compress(model, 8, residual_length=8, block_length=8)
     out = model.generate(ids, max_new_tokens=30, do_sample=False)
     assert (out == dense).float().mean() > 0.5  # the models are random, so small errors grow; scores are tested above
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "turboquant"])
+def test_on_a_cpu_compress_leaves_attention_alone(implementation):
+    model = families.make("llama")
+    model.set_attn_implementation(implementation)
+    for bits in (4, 2, None):
+        compress(model, bits)
+        assert model.config._attn_implementation == implementation
 
 
 def test_compress_refuses_at_once():

@@ -86,17 +86,20 @@ def test_a_large_constant_in_the_keys_costs_nothing():
     assert abs(errors[1] / errors[0] - 1) < 0.02
 
 
-def test_states_that_are_not_finite_spoil_only_themselves():
+@pytest.mark.parametrize(("bits", "codec", "most"), [(8, "scalar", 0.15), (4, "trellis", 0.6)])
+def test_states_that_are_not_finite_spoil_only_themselves(bits, codec, most):
     keys = random(2, 2, 60, 64)
     keys[0, :, 20] = torch.nan
-    cache = new(8)
+    keys[0, :, 21, 3] = torch.inf
+    cache = new(bits, codec=codec)
     cache.update(keys, keys, 0)
     kept = cache.layers[0].keys
     rest = torch.ones(60, dtype=torch.bool)
-    rest[20] = False
+    rest[20:22] = False
     assert kept[0, :, 20].isnan().all()
-    assert (kept[:, :, rest] - keys[:, :, rest]).abs().max() < 0.15
-    assert (kept[1] - keys[1]).abs().max() < 0.15
+    assert not kept[0, :, 21].isfinite().any()
+    assert (kept[:, :, rest] - keys[:, :, rest]).abs().max() < most
+    assert (kept[1] - keys[1]).abs().max() < most
 
 
 def test_early_initialization_with_states_of_no_tokens():
@@ -255,6 +258,10 @@ def test_states_that_do_not_go_with_the_past_are_refused():
         ({"protect_layers": -1}, "protect_layers must be an integer"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"seed": 1.5}, "seed must be an integer"),
+        ({"codec": "lattice"}, "codec must be one of 'scalar', 'trellis', got 'lattice'"),
+        ({"bits": 6, "codec": "trellis"}, "key_bits must be from 1 to 4, or 8, along a trellis, got 6; use codec"),
+        ({"value_bits": 4.5, "codec": "trellis"}, "value_bits must be from 1 to 4, or 8, along a trellis, got 4.5"),
+        ({"bits": BitPlan.of(64, 5), "codec": "trellis"}, "along a trellis, got 64 x 5 bit"),
         ({"policy": PerLayer((LayerBits(4, 4),))}, "the policy must name 2 layers that can be compressed, got 1"),
         ({"policy": Uniform(None, None)}, "the policy leaves every layer alone"),
     ],

@@ -1,6 +1,7 @@
 """What a cache holds, from the storages of the tensors that can be reached from it."""
 
 import gc
+import math
 
 import families
 import pytest
@@ -40,14 +41,18 @@ def formula(tokens, key_bits, value_bits, residual, sinks, block, itemsize):
     return BATCH * HEADS * (dense * 2 * DIM * itemsize + codes + scales) + offset
 
 
+# Tables of float32 by which trellis codes are decoded, once for the process: see `trellis_lookup`.
+LOOK_UPS = {1: 4 * 4 << 12, 2: 4 * 4 << 16, 3: 2 * 4 << 14, 4: 2 * 4 << 16}
+
+
+@pytest.mark.parametrize("codec", ["scalar", "trellis"])
 @pytest.mark.parametrize("bits", [(4, 4), (3, 2), (2.5, 3.5), (8, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_storages_add_up_to_the_formula_after_every_step(bits, dtype):
+def test_storages_add_up_to_the_formula_after_every_step(bits, dtype, codec):
     model = families.make("llama", dtype)
-    cache = TurboQuantCache(
-        model.config, key_bits=bits[0], value_bits=bits[1], residual_length=8, sink_length=4, block_length=16
-    )
+    options = {"key_bits": bits[0], "value_bits": bits[1], "codec": codec}
+    cache = TurboQuantCache(model.config, **options, residual_length=8, sink_length=4, block_length=16)
     length = 0
     for step in (50, 1, 1, 30, *[1] * 17):
         model(families.tokens(BATCH, step), past_key_values=cache)
@@ -55,7 +60,9 @@ def test_storages_add_up_to_the_formula_after_every_step(bits, dtype):
         codecs = [history.codec for layer in cache.layers for history in layer.past]
         held = sum(storages(cache, skip=codecs).values())
         assert held == 2 * formula(length, *bits, 8, 4, 16, dtype.itemsize)
-    assert cache.report().nbytes == held + sum(storages(codecs).values())
+    widths = {w for number in bits for w in (math.floor(number), math.ceil(number)) if codec == "trellis" and w < 8}
+    look_ups = sum(LOOK_UPS[width] for width in widths)
+    assert cache.report().nbytes == held + sum(storages(codecs).values()) + look_ups
     assert sum(storages(codecs).values()) < 20_000  # rotations and tables, of this width alone, for all layers
 
 

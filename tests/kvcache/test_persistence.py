@@ -1,5 +1,6 @@
 """Prompt caching: save, load, fork; damaged files."""
 
+import hashlib
 import json
 import os
 import stat
@@ -36,9 +37,14 @@ def go_on(model, cache):
         return model(families.tokens(2, 15, seed=9), past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma3", "gpt2", "qwen3-next", "falcon-h1", "deepseek-v3"])
-def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path, name):
-    model, cache = filled(name, 3.5)
+NAMES = ["llama", "qwen2-window", "gemma3", "gpt2", "qwen3-next", "falcon-h1", "deepseek-v3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [(name, "scalar") for name in NAMES] + [("llama", "trellis"), ("deepseek-v3", "trellis")]
+)
+def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path, name, codec):
+    model, cache = filled(name, 3.5, codec=codec)
     cache.save(tmp_path / "prefix")
     loaded = TurboQuantCache.load(tmp_path / "prefix", model.config)
     for before, after in zip(states(cache), states(loaded), strict=True):
@@ -47,10 +53,19 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path, name):
         assert torch.equal(go_on(model, cache), go_on(model, loaded))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3-next", "falcon-h1"])
-def test_branches_of_a_prefix_do_not_meet(name):
-    model, cache = filled(name)
-    expected = go_on(model, filled(name)[1])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("llama", "scalar"),
+        ("gemma2", "scalar"),
+        ("qwen3-next", "scalar"),
+        ("falcon-h1", "scalar"),
+        ("llama", "trellis"),
+    ],
+)
+def test_branches_of_a_prefix_do_not_meet(name, codec):
+    model, cache = filled(name, codec=codec)
+    expected = go_on(model, filled(name, codec=codec)[1])
     before = states(cache)
     branches = [cache.fork() for _ in range(3)]
     assert torch.equal(go_on(model, branches[0]), expected)
@@ -116,11 +131,41 @@ def test_the_file_is_what_its_specification_says(tmp_path):
         "block_length": 8,
         "seed": 0,
     }
+    assert header["codec"] == "scalar"
     assert header["layers"][0]["bits"] == [3, 3]
     parts = ("keys.sinks", "keys.recent", "keys.packed", "keys.scales", "keys.offset")
     parts += ("values.sinks", "values.recent", "values.packed", "values.scales")
     assert names == {f"{layer}.{part}" for layer in (0, 1) for part in parts}
     assert tuple(packed.shape) == (2, 2, 3, 64 * 3)
+
+
+def test_trellis_codes_are_of_version_2(tmp_path):
+    _, cache = filled("llama", 3, codec="trellis")
+    cache.save(tmp_path / "file")
+    with safe_open(tmp_path / "file", "pt") as file:
+        metadata, packed = file.metadata(), file.get_tensor("0.values.packed")
+    assert metadata["version"] == "2"
+    assert json.loads(metadata["header"])["codec"] == "trellis"
+    assert tuple(packed.shape) == (2, 2, 24, 64 * 3 // 8)  # a token's codes together, as keys
+    assert torch.equal(packed, cache.layers[0].past[1].compressed.packed)
+
+
+def test_the_first_files_of_version_1_name_no_codec(tmp_path):
+    _, cache = filled("llama")
+    cache.save(tmp_path / "file")
+
+    def without(metadata, tensors):
+        header = {key: value for key, value in json.loads(metadata["header"]).items() if key != "codec"}
+        digest = hashlib.sha256((text := json.dumps(header)).encode())
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {json.dumps(tensor.shape, separators=(',', ':'))}".encode())
+            digest.update(tensor.numpy().tobytes())
+        metadata.update(header=text, sha256=digest.hexdigest())
+
+    rewritten(tmp_path / "file", without)
+    loaded = TurboQuantCache.load(tmp_path / "file", families.CONFIGS["llama"]())
+    assert loaded.layers[0].settings == cache.layers[0].settings
+    assert torch.equal(loaded.layers[0].keys, cache.layers[0].keys)
 
 
 def test_writing_replaces_the_file_whole_or_not_at_all(tmp_path, monkeypatch):

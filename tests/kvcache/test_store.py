@@ -1,5 +1,7 @@
 """Codes, scales and layouts of compressed keys and values against numpy float64 and bit-by-bit reading."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -124,11 +126,14 @@ def test_distortion_and_unbiasedness(oracle, codec, bits):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8, 2.5, 3.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("along", ["scalar", "trellis"])
 @pytest.mark.parametrize("codec", [key_codec, value_codec])
-def test_encoding_decoded_states_again_changes_nothing_but_rounding(codec, dtype, bits):
+def test_encoding_decoded_states_again_changes_nothing_but_rounding(codec, along, dtype, bits):
+    if along == "trellis" and bits == 6:
+        bits = 1.5  # a trellis has no 6 bits
     dim, block = 64, 8
     states = states_of(2, 1, 2, 64, dim, spread=0.3).to(dtype)
-    coder = codec(dim, bits, block, 0, "auto")
+    coder = codec(dim, bits, block, 0, "auto", codec=along)
     first = torch.empty_like(states)
     coder.encode(states)
     coder.decode(coder.encode(states), first)
@@ -142,8 +147,8 @@ def test_encoding_decoded_states_again_changes_nothing_but_rounding(codec, dtype
 def test_zero_vectors_and_single_spikes():
     states = torch.zeros((1, 1, 8, 64))
     states[0, 0, 3, 5] = 7.0
-    for codec in (key_codec, value_codec):
-        coder = codec(64, 4, 8, 0, "auto")
+    for codec, along in itertools.product((key_codec, value_codec), ("scalar", "trellis")):
+        coder = codec(64, 4, 8, 0, "auto", codec=along)
         decoded = torch.full_like(states, torch.nan)
         coder.decode(coder.encode(states), decoded)
         assert (decoded[0, 0, [0, 1, 2, 4, 5, 6, 7]] == 0).all()
@@ -169,8 +174,8 @@ def test_scales_that_float16_cannot_hold_are_float32(size):
 def test_work_in_pieces_equals_work_at_once(monkeypatch):
     states = states_of(4, 2, 2, 64, 64)
     states[:, :, 40:] *= 1e7  # the last pieces' scales are float32
-    for codec in (key_codec, value_codec):
-        coder = codec(64, 3.5, 8, 0, "auto")
+    for codec, along in itertools.product((key_codec, value_codec), ("scalar", "trellis")):
+        coder = codec(64, 3.5, 8, 0, "auto", codec=along)
         results = []
         for size in (1 << 30, 2 * 2 * 64 * 24):
             monkeypatch.setattr("tqsearch.kvcache.store.PIECE", size)
