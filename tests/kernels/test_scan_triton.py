@@ -18,12 +18,14 @@ PLANS = {
     "2 bits": [(64, 2)],
     "3 bits": [(100, 3)],
     "4 bits": [(37, 4)],
+    "6 bits": [(41, 6)],
     "8 bits": [(40, 8)],
-    "bands": [(24, 8), (40, 4), (9, 3), (30, 0), (16, 2), (21, 1)],
+    "bands": [(24, 8), (22, 6), (40, 4), (9, 3), (30, 0), (16, 2), (21, 1)],
     "4 bits, whole columns": [(256, 4)],
     "3 bits, whole columns": [(256, 3)],
     "2 bits, whole columns": [(256, 2)],
     "1 bit, whole columns": [(1024, 1)],
+    "6 bits, whole columns": [(256, 6)],
     "8 coordinates": [(8, 4)],
 }
 
@@ -32,8 +34,8 @@ def grid(width: int, rng: np.random.Generator) -> tuple[np.ndarray, float, float
     """Numbers, offset and step of some table of the width: any will do."""
     if width == 1:
         return np.array([0, 1]), 0.5, 1.6
-    if width == 8:
-        return np.sort(rng.choice(np.arange(-127, 128), 256)), 0.0, 0.021
+    if width > 4:
+        return np.sort(rng.choice(np.arange(-127, 128), 2**width)), 0.0, 0.021
     return np.sort(rng.choice(128, 2**width, replace=False)), 63.5, 0.04
 
 
@@ -114,7 +116,7 @@ def test_every_width_by_scores(oracle, device, plan, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8", "exact"])
-@pytest.mark.parametrize("plan", ["1 bit", "3 bits", "bands", "4 bits, whole columns"])
+@pytest.mark.parametrize("plan", ["1 bit", "3 bits", "6 bits", "bands", "4 bits, whole columns"])
 def test_by_maxima_of_tiles(oracle, device, plan, precision):
     """Eleven tiles and k = 2: the maxima choose, the rows are scored again."""
     Case(oracle, PLANS[plan], 11 * 128 - 5, 3, 2, device).check(2, precision=precision)

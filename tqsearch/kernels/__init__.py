@@ -42,8 +42,9 @@ __all__ = [
 BACKENDS = ("auto", "reference", "triton")
 PRECISIONS = ("int8", "exact")
 
-# Widths that the Triton kernels decode. 5 to 7 bits run in plain torch.
+# Widths that the Triton kernels decode: of keys and values, and of a scan. The others run in plain torch.
 TRITON_WIDTHS = frozenset((0, 1, 2, 3, 4, 8))
+SCAN_WIDTHS = TRITON_WIDTHS | {6}
 
 
 class Encoded(NamedTuple):
@@ -192,7 +193,7 @@ def scan(
         bands: as in `encode`.
         k: how many, >= 1.
         precision: "exact" for float32 queries and levels; "int8" lets a backend round both to int8 (Triton does).
-        backend: see `select`; "auto" is "reference" where the plan has 5, 6 or 7 bits, and along a trellis where a band
+        backend: see `select`; "auto" is "reference" where the plan has 5 or 7 bits, and along a trellis where a band
             before another is no multiple of 8 coordinates.
 
     Returns:
@@ -217,7 +218,7 @@ def _unscannable(bands: tuple[BandTable, ...]) -> str:
     if along_trellis(bands):
         odd = [size for size, _ in trellis_bands(bands)[:-1] if size % 8]
         return f"a trellis's band of {odd[0]} coordinates, no multiple of 8, before others" if odd else ""
-    widths = {band.width for band in bands} - TRITON_WIDTHS
+    widths = {band.width for band in bands} - SCAN_WIDTHS
     return f"{min(widths)} bits" if widths else ""
 
 

@@ -1,10 +1,10 @@
 """Packed codes to small integers in registers: the one piece that every Triton kernel over codes shares.
 
-A band is read in columns. A column is a byte of the plane, except at 3 bits, where it is a group of eight coordinates:
-two bytes of the 2-bit plane and one of the 1-bit plane. A tile of columns decodes to several tiles of the same shape,
-its
-*parts*: 8 / p of them for one plane of p-bit fields, 8 for 3 bits. Each entry of a part is the number of a coordinate's
-level, `BandTable.steps`, an int8.
+A band is read in columns. A column is a byte of the plane, except at 3 and 6 bits, where it is a group of coordinates:
+at 3 bits eight, two bytes of the 2-bit plane and one of the 1-bit plane; at 6 bits four, two bytes of the 4-bit plane
+and one of the 2-bit plane. A tile of columns decodes to several tiles of the same shape, its *parts*: 8 / p of them for
+one plane of p-bit fields, 8 for 3 bits, 4 for 6. Each entry of a part is the number of a coordinate's level,
+`BandTable.steps`, an int8.
 
 There are three bodies. The portable one shifts, masks and looks up in a table. The two for NVIDIA GPUs decode four
 columns at once in 32-bit registers with the byte permute `prmt`, a look-up of four nibbles in a table of eight bytes.
@@ -25,9 +25,9 @@ import triton.language as tl
 
 from tqsearch.packing import FIELD_ORDER
 
-WIDTHS = (1, 2, 3, 4, 8)
-PARTS = {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}
-COLUMN_DIMS = {1: 8, 2: 4, 3: 8, 4: 2, 8: 1}
+WIDTHS = (1, 2, 3, 4, 6, 8)
+PARTS = {1: 8, 2: 4, 3: 8, 4: 2, 6: 4, 8: 1}
+COLUMN_DIMS = {1: 8, 2: 4, 3: 8, 4: 2, 6: 4, 8: 1}
 
 
 def slot_dims(width: int, columns: int, quad: bool) -> npt.NDArray[np.int64]:
@@ -52,7 +52,7 @@ def slot_dims(width: int, columns: int, quad: bool) -> npt.NDArray[np.int64]:
 
 
 def assembly(width: int, steps: Sequence[int], quad: bool) -> str:
-    """The PTX that decodes four columns of a width, with the table as constants; "" for 8 bits, which have none."""
+    """The PTX that decodes four columns of a width, with the table as constants; "" for 6 and 8 bits, which have none."""
     table = [
         f"{int.from_bytes(bytes(steps[i : i + 4]), 'little'):#x}" for i in range(0, len(steps), 4) if width in (2, 3, 4)
     ]
@@ -60,7 +60,7 @@ def assembly(width: int, steps: Sequence[int], quad: bool) -> str:
         lines = ["and.b32 $0, $8, 0x01010101;"]
         for part in range(1, 8):
             lines += [f"shr.u32 a, $8, {part};", f"and.b32 ${part}, a, 0x01010101;"]
-    elif width == 8:
+    elif width in (6, 8):
         return ""
     elif quad:
         lines = {2: _quad_2, 3: _quad_3, 4: _quad_4}[width](table)
@@ -164,13 +164,20 @@ def _single_3(table: list[str]) -> list[str]:
 def decode(x, y, table_ptr, WIDTH: tl.constexpr, ASSEMBLY: tl.constexpr):
     """The parts of a tile of columns.
 
-    x: the plane's bytes, uint8; at 3 bits the groups' two bytes of the 2-bit plane, uint16.
-    y: at 3 bits the groups' bytes of the 1-bit plane, uint8; else anything.
-    table_ptr: the levels by code, of the type of the parts; the portable body and 8 bits read it.
+    x: the plane's bytes, uint8; at 3 and 6 bits the groups' two bytes of the wider plane, uint16.
+    y: at 3 and 6 bits the groups' bytes of the narrower plane, uint8; else anything.
+    table_ptr: the levels by code, of the type of the parts; the portable body, 6 and 8 bits read it.
     """
     # fmt: off
     if WIDTH == 8:
         return (tl.load(table_ptr + x.to(tl.int32)),)
+    elif WIDTH == 6:
+        c = x.to(tl.int32)
+        b = y.to(tl.int32)
+        return (tl.load(table_ptr + ((c & 15) | ((b & 3) << 4))),
+                tl.load(table_ptr + (((c >> 4) & 15) | (((b >> 2) & 3) << 4))),
+                tl.load(table_ptr + (((c >> 8) & 15) | (((b >> 4) & 3) << 4))),
+                tl.load(table_ptr + ((c >> 12) | ((b >> 6) << 4))))
     elif WIDTH == 4:
         if ASSEMBLY != "":
             return tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,r", [x], (tl.int8, tl.int8), True, 4)

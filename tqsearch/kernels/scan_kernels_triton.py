@@ -24,7 +24,7 @@ def columns_of(
 ):
     """The tiles x and y that `decode` takes, (rows, columns)."""
     base = codes_ptr + rows[:, None] * row_stride + BYTE
-    if WIDTH == 3:
+    if WIDTH == 3 or WIDTH == 6:
         wide = base.to(tl.pointer_type(tl.uint16)) + columns[None, :]
         if EVEN and EVEN_ROWS:
             x = tl.load(wide)
@@ -71,7 +71,8 @@ def _band_scores(
 ):
     """What one band adds to the scores: (TILE, BLOCK_Q) float32, or (TILE,) for one query."""
     SCALAR: tl.constexpr = TAPS == 0
-    PARTS: tl.constexpr = 2 if SCALAR and WIDTH == 4 else (4 if SCALAR and WIDTH == 2 else (1 if WIDTH == 8 else 8))
+    FOUR: tl.constexpr = SCALAR and (WIDTH == 2 or WIDTH == 6)
+    PARTS: tl.constexpr = 2 if SCALAR and WIDTH == 4 else (4 if FOUR else (1 if WIDTH == 8 else 8))
     DTYPE: tl.constexpr = tl.float32 if EXACT else tl.int32
     if BLOCK_Q == 0:
         acc = tl.zeros((TILE,), DTYPE)
@@ -127,7 +128,7 @@ def scan_kernel(
     row_stride,
     out_stride,
     SLOTS: tl.constexpr,
-    BANDS: tl.constexpr,  # for each band (width, columns, byte offset, offset of the 1-bit plane, slot offset, 0);
+    BANDS: tl.constexpr,  # for each band (width, columns, byte offset, bytes of the first plane, slot offset, 0);
     # along a trellis (width, columns, offset of its path, of its planes of f, slot offset, `masks`)
     ASSEMBLIES: tl.constexpr,
     TILE: tl.constexpr,

@@ -111,11 +111,11 @@ def _layout(
         elif width:
             columns = -(-size // COLUMN_DIMS[width])
             padded = -(-columns // block_c) * block_c
-            plane = -(-size * (2 if width == 3 else width) // 8)
-            constants.append((width, columns, byte, plane, slot, 0))
+            planes = [-(-size * plane // 8) for plane in planes_of(width)]
+            constants.append((width, columns, byte, planes[0], slot, 0))
             assemblies.append(assembly(width, [int(v) for v in values], quad) if assembled else "")
             dims = slot_dims(width, padded, quad)
-            byte += plane + (-(-size // 8) if width == 3 else 0)
+            byte += sum(planes)
         if width:
             dims = dims.reshape(len(dims), -1, block_c).transpose(1, 0, 2).ravel()  # chunk by chunk, part by part
             slots.append(np.where(dims < size, first + dims, dim))
@@ -170,6 +170,7 @@ _CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
         (64, Config(64, 64, 4, 3)),
         (128, Config(128, 128, 4, 2)),
     ),
+    6: ((16, Config(16, 64, 4, 3)), (64, Config(64, 32, 4, 3)), (128, Config(128, 32, 4, 2))),
     8: ((16, Config(16, 64, 4, 3)), (64, Config(64, 64, 4, 3)), (128, Config(128, 64, 4, 3))),
 }
 _EXACT = Config(16, 32, 4, 2)
