@@ -52,7 +52,7 @@ def slot_dims(width: int, columns: int, quad: bool) -> npt.NDArray[np.int64]:
 
 
 def assembly(width: int, steps: Sequence[int], quad: bool) -> str:
-    """The PTX that decodes four columns of a width, with the table as constants; "" for 6 and 8 bits, which have none."""
+    """The PTX that decodes four columns of a width, with the table as constants; "" for 6 and 8 bits."""
     table = [
         f"{int.from_bytes(bytes(steps[i : i + 4]), 'little'):#x}" for i in range(0, len(steps), 4) if width in (2, 3, 4)
     ]
