@@ -4,7 +4,7 @@ import families
 import pytest
 import torch
 
-from tqsearch.kvcache import TurboQuantCache
+from tqsearch.kvcache import TurboQuantCache, compress
 from tqsearch.kvcache import attention as plug
 from tqsearch.kvcache.layer import TurboQuantLayer
 
@@ -124,3 +124,21 @@ def test_blocks_encoded_in_one_launch_decode_as_those_of_many(dim, dtype):
         assert equal > 0.98
         norms = [((part - states.float()).norm() / states.float().norm()).item() for part in decoded]
         assert abs(norms[0] - norms[1]) < 1e-3 * norms[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss"])
+def test_compress_sets_attention_and_puts_it_back(name):
+    model = families.make(name).cuda()
+    own = model.config._attn_implementation
+    ids = families.tokens(2, 90).cuda()
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False}
+    decoded = model.generate(ids, past_key_values=cache_of(model, bits=8), **options)
+    for refused in ({"codec": "trellis", "bits": 4}, {"outlier_channels": 4}, {"backend": "reference"}):
+        compress(model, **refused)
+        assert model.config._attn_implementation == own
+    for _ in range(2):
+        compress(model, 8, residual_length=8, sink_length=4, block_length=32)
+        assert model.config._attn_implementation == plug.NAME
+    assert torch.equal(model.generate(ids, **options), decoded)
+    compress(model, None)
+    assert model.config._attn_implementation == own

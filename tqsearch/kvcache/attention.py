@@ -55,18 +55,17 @@ class CompressedTensor(torch.Tensor):
     # Attributes are read as of any tensor; operations come to __torch_dispatch__ all the same.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @staticmethod
-    def __new__(cls, past: Past, of_keys: bool) -> CompressedTensor:  # noqa: D102
+    @classmethod
+    def of(cls, past: Past, of_keys: bool) -> CompressedTensor:
+        """The keys, or the values, of a past."""
         history = past.keys if of_keys else past.values
-        size = (*history.recent.shape[:2], len(history), history.recent.shape[3])
+        batch, heads, recent, dim = history.recent.shape
+        length = history.sinks.shape[2] + history.compressed_length + recent
         made: CompressedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, size, dtype=history.recent.dtype, device=history.recent.device
+            cls, (batch, heads, length, dim), dtype=history.recent.dtype, device=history.recent.device
         )
         made.past, made.of_keys, made._decoded = past, of_keys, None
         return made
-
-    def __init__(self, past: Past, of_keys: bool) -> None:
-        super().__init__()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"CompressedTensor({'keys' if self.of_keys else 'values'}, shape={tuple(self.shape)})"
@@ -102,7 +101,7 @@ def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Ten
     if torch.is_grad_enabled() and any(part.requires_grad for part in (keys.recent, values.recent)):
         return None
     past = Past(keys, values, backend)
-    return CompressedTensor(past, True), CompressedTensor(past, False)
+    return CompressedTensor.of(past, True), CompressedTensor.of(past, False)
 
 
 def context_of(past: Past) -> Context:

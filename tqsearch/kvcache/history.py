@@ -63,13 +63,14 @@ class History:
             sinks = torch.cat([sinks, states[:, :, :first]], dim=2)
         if first < states.shape[2]:
             recent = torch.cat([recent, states[:, :, first:]], dim=2)
-        return replace(self, sinks=sinks, recent=recent)
+        return History(sinks, self.compressed, recent, self.codec)
 
     def detached(self) -> History:
         """The same without the graph of automatic differentiation."""
+        if not (self.sinks.requires_grad or self.recent.requires_grad):
+            return self
         return replace(self, sinks=self.sinks.detach(), recent=self.recent.detach())
 
-    @torch.no_grad()
     def compress(self, residual_length: int) -> History:
         """With the older recent tokens in compressed blocks, once `residual_length` + a block have gathered.
 
@@ -85,14 +86,15 @@ class History:
         count = (self.recent.shape[2] - residual_length) // block * block
         if count <= 0:
             return self
-        old = self.recent[:, :, :count]
-        recent = self.recent[:, :, count:].clone(memory_format=torch.contiguous_format)
-        if self.compressed is None:
-            compressed = self.codec.encode(old, **self.codec.estimate(self.recent))
-        else:
-            # On a GPU the first blocks have chosen the scales' dtype: to look at these would be to wait for them.
-            chosen = self.compressed.scales.dtype if old.is_cuda else None
-            compressed = self.compressed.cat(self.codec.encode(old, chosen, **self.compressed.constants()))
+        with torch.no_grad():
+            old = self.recent[:, :, :count]
+            recent = self.recent[:, :, count:].clone(memory_format=torch.contiguous_format)
+            if self.compressed is None:
+                compressed = self.codec.encode(old, **self.codec.estimate(self.recent))
+            else:
+                # On a GPU the first blocks have chosen the scales' dtype: to look at these would be to wait for them.
+                chosen = self.compressed.scales.dtype if old.is_cuda else None
+                compressed = self.compressed.cat(self.codec.encode(old, chosen, **self.compressed.constants()))
         return replace(self, compressed=compressed, recent=recent)
 
     def decode(self) -> Tensor:
