@@ -123,6 +123,7 @@ def kv_diagnose(
     text: Annotated[Path | None, typer.Option("--text", help="What to read; a page of prose if none.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=16, help="How many tokens to read at most.")] = 2048,
     noise: Annotated[float, typer.Option("--noise", help="0.1 is next to lossless, 0.35 small.")] = 0.2,
+    codec: Annotated[str, typer.Option("--codec", help="scalar, or trellis.")] = "scalar",
     device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", help="The folder of the figure.")] = Path("kv-diagnosis"),
 ) -> None:
@@ -143,7 +144,8 @@ def kv_diagnose(
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     diagnosis = diagnose(network.to(device).eval(), ids.to(device))
     name = Path(model).name
-    typer.echo(diagnosis_view.text(name, diagnosis, recommend(diagnosis, noise)))
+    advice = recommend(diagnosis, noise, codec)  # type: ignore[arg-type]  # checked there
+    typer.echo(diagnosis_view.text(name, diagnosis, advice))
     if importlib.util.find_spec("matplotlib") is None:
         typer.echo("\nmatplotlib is not installed, so no figure is drawn: pip install 'tqsearch[bench]'")
         return

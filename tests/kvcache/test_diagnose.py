@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,17 +99,21 @@ def test_keys_of_zeros_have_no_offset_and_no_outlier() -> None:
     assert found.norm_ratio == math.inf
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_predicted_noise_is_that_of_the_quantizer(bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "codec", "dim"),
+    [(2, "scalar", 64), (3, "scalar", 64), (4, "scalar", 64), (2, "trellis", 512), (3, "trellis", 512)],
+)
+def test_the_predicted_noise_is_that_of_the_quantizer(bits: int, codec: Any, dim: int) -> None:
+    """A trellis's distortion is that of long rows."""
     generator = torch.Generator().manual_seed(bits)
-    keys = 3.0 * torch.randn(1, 1, 4000, 64, generator=generator) + 5.0
-    queries = torch.randn(400, 64, generator=generator)
+    keys = 3.0 * torch.randn(1, 1, 4000 * 64 // dim, dim, generator=generator) + 5.0
+    queries = torch.randn(400, dim, generator=generator)
     centred = (keys - keys.mean(dim=2, keepdim=True))[0, 0]
-    quantizer = TurboQuantizer(64, bits, seed=11)
+    quantizer = TurboQuantizer(dim, bits, seed=11, codec=codec)
     decoded = quantizer.decode(quantizer.encode(centred), unbiased=True)
     errors = 0.125 * queries @ (decoded - centred).T
     query_norm = 0.125 * float(queries.square().sum(dim=1).mean().sqrt())
-    predicted = measured(0, keys, keys, query_norm).logit_noise(bits)
+    predicted = measured(0, keys, keys, query_norm).logit_noise(bits, codec=codec)
     assert predicted is not None
     # 400 x 64 numbers of queries and 4000 x 64 of keys: the ratio of two spreads is within 5 standard errors of 1.
     assert float(errors.std()) == pytest.approx(predicted, rel=5 / math.sqrt(2 * 400 * 64))
@@ -174,6 +179,8 @@ def test_arguments_are_checked() -> None:
         diagnose(AutoModelForCausalLM.from_config(latent), tokens(40))
     with pytest.raises(InvalidInputError, match="noise must be"):
         recommend(Diagnosis((layer(),), {}, 100, 2), 0.0)
+    with pytest.raises(InvalidInputError, match="codec must be one of"):
+        recommend(Diagnosis((layer(),), {}, 100, 2), 0.2, "lattice")  # type: ignore[arg-type]
 
 
 def test_the_rule() -> None:
@@ -194,6 +201,17 @@ def test_the_rule() -> None:
     ):
         assert part in said
     assert "layer 4 stays as it is: its cache is small" in said
+
+
+def test_the_rule_for_a_trellis() -> None:
+    # Distortions of 1 to 4 bits: 0.274, 0.0732, 0.0217, 0.00587; logits have noise 10 q sqrt(D / (1 - D) / 128).
+    queries = (0.5, 1.0, 2.2, 20.0)  # noise at 2, 3, 4 bits per 1.0: 0.248, 0.132, 0.068
+    advice = recommend(Diagnosis(tuple(layer(query_norm=q) for q in queries), {}, 100, 2), 0.16, "trellis")
+    assert advice.layers == (LayerBits(2, 2), LayerBits(3, 3), LayerBits(4, 3), LayerBits(8, 3))
+    assert advice.call.endswith('LayerBits(8, 3))), codec="trellis")')
+    alike = recommend(Diagnosis((layer(),), {}, 100, 2), 0.16, "trellis")
+    assert alike.call == 'TurboQuantCache(model.config, key_bits=3, value_bits=3, codec="trellis")'
+    assert recommend(Diagnosis((layer(),), {}, 100, 2), 0.16).layers == (LayerBits(4, 4),)  # of scalar levels
 
 
 def test_less_noise_takes_no_fewer_bits() -> None:

@@ -28,7 +28,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tqsearch import codec as codecs
+from tqsearch.codec import Codec
 from tqsearch.errors import InvalidInputError
+from tqsearch.kvcache.store import codec_of
 from tqsearch.plan import BitPlan
 
 RECORDER = "tqsearch_diagnose"
@@ -69,13 +72,12 @@ class LayerDiagnosis:
         """Norm of keys over norm of values."""
         return self.key_norm / self.value_norm if self.value_norm else math.inf
 
-    def logit_noise(self, bits: float, *, offset_removed: bool = True) -> float | None:
+    def logit_noise(self, bits: float, *, offset_removed: bool = True, codec: Codec = "scalar") -> float | None:
         """Standard deviation of a logit's error at `bits` a coordinate; None without queries."""
         if self.query_norm is None:
             return None
-        distortion = BitPlan.of(self.key_dim, bits).distortion(self.key_dim)
         norm = self.centred_key_norm if offset_removed else self.key_norm
-        return self.query_norm * norm * math.sqrt(distortion / (1.0 - distortion) / self.key_dim)
+        return self.query_norm * norm * relative_error(self.key_dim, bits, codec) / math.sqrt(self.key_dim)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,13 @@ class Diagnosis:
     left_alone: dict[int, str]
     tokens: int
     dense_itemsize: int
+
+
+def relative_error(dim: int, bits: float, codec: Codec = "scalar") -> float:
+    """sqrt(E |x_hat - x|^2) / |x| of the unbiased estimate: sqrt(D / (1 - D)), D the codec's distortion."""
+    plan = BitPlan.of(dim, bits)
+    distortion = codecs.plan_distortion(codec_of(codec, plan), plan, dim)
+    return math.sqrt(distortion / (1.0 - distortion))
 
 
 @torch.inference_mode()

@@ -29,7 +29,8 @@ def rows(diagnosis: Diagnosis, advice: Recommendation) -> list[tuple[str, ...]]:
     """The cells of the table, a row a layer."""
     found = []
     for layer, bits in zip(diagnosis.layers, advice.layers, strict=True):
-        noise = [layer.logit_noise(width) for width in SHOWN] + [layer.logit_noise(4, offset_removed=False)]
+        noise = [layer.logit_noise(width, codec=advice.codec) for width in SHOWN]
+        noise.append(layer.logit_noise(4, offset_removed=False, codec=advice.codec))
         found.append(
             (
                 str(layer.layer),
