@@ -24,7 +24,6 @@ from benchmarks.kvcache.configurations import (
     PROD,
     QUANTO,
     QUANTO_WINDOW,
-    TRELLIS,
     Configuration,
 )
 from benchmarks.kvcache.moments import moments
@@ -138,12 +137,6 @@ def kept(wanted: Configuration, subject: Subject) -> Pairs:
     return [pair] * layers
 
 
-def trellis(wanted: Configuration, subject: Subject) -> Pairs:
-    layers, _, dim = subject.shape
-    keys = TurboCodec(dim, wanted.key_bits, seed=subject.seed, codec="trellis")
-    return [(keys, TurboCodec(dim, wanted.value_bits, seed=subject.seed + 1, codec="trellis"))] * layers
-
-
 def calibrated(wanted: Configuration, subject: Subject) -> Pairs:
     _, _, dim = subject.shape
     values = TurboCodec(dim, wanted.value_bits, seed=subject.seed + 1)
@@ -204,7 +197,6 @@ def trained_books(wanted: Configuration, subject: Subject) -> list[list[list[dic
 SIMULATED: dict[str, Callable[[Configuration, Subject], Pairs]] = {
     KEPT: kept,
     PROD: prod,
-    TRELLIS: trellis,
     CALIBRATED: calibrated,
     PQ: product_quantization,
     QUANTO_WINDOW: quanto_window,

@@ -18,7 +18,6 @@ class TurboCodec:
         bits: a width or a plan.
         form: "mse" or "prod".
         seed: of the rotation.
-        codec: scalar levels, or a trellis of them.
         unbiased: for "mse", whether inner products are unbiased; else the squared error is least.
     """
 
@@ -30,9 +29,8 @@ class TurboCodec:
         *,
         unbiased: bool = True,
         seed: int = 0,
-        codec: Literal["scalar", "trellis"] = "scalar",
     ) -> None:
-        self.quantizer = TurboQuantizer(dim, bits, form=form, seed=seed, codec=codec)
+        self.quantizer = TurboQuantizer(dim, bits, form=form, seed=seed)
         self.unbiased = unbiased
 
     def round_trip(self, states: Tensor) -> Tensor:
@@ -43,7 +41,7 @@ class TurboCodec:
     def bytes_per_vector(self) -> float:
         """Codes and a float16 scale; form "prod" also signs and a float16 residual norm."""
         signs = 0 if self.quantizer.qjl is None else -(-self.quantizer.dim // 8) + 2
-        return self.quantizer.row_bytes + 2 + signs
+        return self.quantizer.plan.bytes_per_vector + 2 + signs
 
 
 class QuantoCodec:

@@ -10,7 +10,8 @@ from benchmarks.kvcache.language_model import LARGE_KEY_BIAS, PLAIN
 
 PARTS = ("quality", "needle", "greedy", "bytes", "speed")
 DENSE, OURS, KEPT, PROD = "dense", "TurboQuant", "TurboQuant, offset kept", "TurboQuant, prod keys"
-TRELLIS, CALIBRATED = "TurboQuant, trellis", "TurboQuant, calibrated keys"
+CALIBRATED = "TurboQuant, calibrated keys"
+TRELLIS = {"codec": "trellis"}  # the option of `TurboQuantCache`
 PQ, QUANTO, HQQ, QUANTO_WINDOW = "FAISS PQ", "quanto", "hqq", "quanto, our window"
 NEEDS = {PQ: ("faiss",), QUANTO: ("optimum.quanto",), HQQ: ("hqq",), QUANTO_WINDOW: ("optimum.quanto",)}
 
@@ -19,8 +20,6 @@ NOTES = {
     KEPT: "the same codec with the keys' constant left in, simulated in float",
     PROD: "keys in the paper's inner-product form (one bit less for the levels, one for QJL), values in the mse form;"
     " simulated in float, offset removed",
-    TRELLIS: "keys and values along a trellis of 256 states instead of scalar levels; simulated in float, offset"
-    " removed",
     CALIBRATED: "keys in a basis fitted to the keys and queries of documents that are not measured, see `calibrated`;"
     " simulated in float, offset removed; the basis is not counted as bytes",
     PQ: "8-bit product quantization at the bytes of TurboQuant, trained for each layer and KV head on keys and values"
@@ -96,6 +95,10 @@ def catalogue() -> list[Configuration]:
     found = [Configuration(DENSE, 16, 16, parts=("needle", "bytes", "speed"))]
     found += [Configuration(OURS, bits, bits, parts=every) for bits in (8, 6, 4, 3.5, 3, 2.5, 2)]
     found += [Configuration(OURS, *pair, parts=every) for pair in ((4, 3), (4, 2), (3, 2))]
+    measured = ("quality", "needle", "greedy", "bytes")
+    widths = ((4, 4), (3.5, 3.5), (3, 3), (2.5, 2.5), (2, 2), (3, 2))
+    found += [Configuration(OURS, *pair, parts=measured, options=TRELLIS) for pair in widths]
+    found += [Configuration(OURS, bits, bits, block=128, options=TRELLIS) for bits in (4, 3, 2)]
     found += [Configuration(OURS, bits, bits, residual=32, parts=("needle", "quality")) for bits in (4, 3.5, 3)]
     found += [Configuration(OURS, bits, bits, residual=0) for bits in (4, 3, 2)]
     found += [Configuration(OURS, bits, bits, options={"outlier_channels": 8}) for bits in (3, 2)]
@@ -104,7 +107,7 @@ def catalogue() -> list[Configuration]:
     mixed = ((4, 4), (3, 3), (2, 2), (4, 2))
     found += [Configuration(OURS, *pair, variant=LARGE_KEY_BIAS, parts=("quality", "needle")) for pair in mixed]
     found += [Configuration(KEPT, *pair, variant=variant) for variant in (PLAIN, LARGE_KEY_BIAS) for pair in mixed]
-    found += [Configuration(family, bits, bits) for family in (PROD, TRELLIS, CALIBRATED) for bits in (4, 3, 2)]
+    found += [Configuration(family, bits, bits) for family in (PROD, CALIBRATED) for bits in (4, 3, 2)]
     found += [Configuration(PQ, bits, bits) for bits in (4, 3, 2)]
     found += [Configuration(family, bits, bits) for family in (QUANTO, HQQ, QUANTO_WINDOW) for bits in (4, 2)]
     return found

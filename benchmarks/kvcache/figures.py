@@ -14,7 +14,6 @@ KINDS = ("bytes", "bits")
 STYLES = {
     OURS: ("#D55E00", "o"),
     PROD: ("#CC79A7", "v"),
-    TRELLIS: ("#882255", "*"),
     CALIBRATED: ("#AA4499", "P"),
     KEPT: ("#E69F00", ">"),
     PQ: ("#0072B2", "s"),
@@ -49,11 +48,14 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 def kl_by_bytes(result: dict[str, Any], path: Path) -> None:
     """Mean KL of every family against bytes a token, those of equal widths joined by a line."""
     figure, axes = canvas()
-    for family, (colour, marker) in STYLES.items():
+    lines: list[tuple[str, dict[str, Any], str, str]] = [(family, {}, *style) for family, style in STYLES.items()]
+    lines.insert(1, (OURS, TRELLIS, "#882255", "*"))
+    for family, options, colour, marker in lines:
         runs = [
             run
             for run in result["runs"]
-            if run["family"] == family and usual(run) and "quality" in run and "bytes" in run and not run["options"]
+            if run["family"] == family and usual(run) and "quality" in run and "bytes" in run
+            if run["options"] == options
         ]
         if family == KEPT or not runs:
             continue
@@ -63,7 +65,7 @@ def kl_by_bytes(result: dict[str, Any], path: Path) -> None:
             [run["bytes"]["per_token"] for run in even],
             [run["quality"]["kl"]["mean"] for run in even],
             [run["quality"]["kl"]["plus_minus"] for run in even],
-            **line(family, colour, marker),
+            **line(family + ", trellis" * bool(options), colour, marker),
         )
         uneven = [run for run in runs if run["key_bits"] != run["value_bits"]]
         axes.plot(
@@ -75,7 +77,7 @@ def kl_by_bytes(result: dict[str, Any], path: Path) -> None:
             color=colour,
             zorder=6,
         )
-        for run in runs if family == OURS else []:
+        for run in runs if family == OURS and not options else []:
             label(axes, run, run["bytes"]["per_token"], run["quality"]["kl"]["mean"], colour)
     axes.set_yscale("log")
     axes.set_xlabel("bytes a token behind the recent window, all layers, all overhead counted", fontsize=11)

@@ -45,7 +45,7 @@ def short(result: dict[str, Any]) -> str:
     runs = [
         run
         for run in result["runs"]
-        if usual(run) and run["family"] not in (KEPT, PROD, TRELLIS) and not run["options"]
+        if usual(run) and run["family"] not in (KEPT, PROD) and run["options"] in ({}, TRELLIS)
     ]
     return quality_table(result, runs)
 
@@ -53,9 +53,7 @@ def short(result: dict[str, Any]) -> str:
 def choices(result: dict[str, Any]) -> str:
     """What each choice costs or gains: the offset, the window, the block, the paper's form."""
     runs = [
-        run
-        for run in result["runs"]
-        if run["variant"] == PLAIN and run["family"] in (OURS, KEPT, PROD, TRELLIS, CALIBRATED)
+        run for run in result["runs"] if run["variant"] == PLAIN and run["family"] in (OURS, KEPT, PROD, CALIBRATED)
     ]
     return quality_table(result, runs)
 

@@ -13,25 +13,21 @@ with warnings.catch_warnings():  # transformers imports hqq where it is installe
     pytest.importorskip("transformers.cache_utils")
 scipy_stats = pytest.importorskip("scipy.stats")
 
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from tiny_llama import llama, tokens  # noqa: E402
+from transformers import DynamicCache, LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 from benchmarks.kvcache import (  # noqa: E402
     build,
-    calibrated,
-    codecs,
     configurations,
     documents,
     figures,
     greedy,
     likelihood,
     merge,
-    moments,
     needle,
-    product,
     results,
     run,
-    simulated,
     storage,
     summary,
 )
@@ -39,40 +35,6 @@ from benchmarks.kvcache.language_model import add_large_key_bias  # noqa: E402
 from tqsearch.errors import InvalidInputError  # noqa: E402
 
 WORDS = ["[UNK]", "Question", "Answer", "the", "secret", "number", "of", "is", ":", "?", ".", "river", "falcon"]
-
-
-def llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(4)
-    settings = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "max_position_embeddings": 8192,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
-
-
-def tokens(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(3, 61, (rows, length), generator=torch.Generator().manual_seed(8))
-
-
-class Keep:
-    """A codec that loses nothing."""
-
-    def round_trip(self, states: torch.Tensor) -> torch.Tensor:
-        return states.clone()
-
-    def bytes_per_vector(self) -> float:
-        return 10.0
-
-
-class AddOne(Keep):
-    def round_trip(self, states: torch.Tensor) -> torch.Tensor:
-        return states + 1.0
 
 
 class Scripted:
@@ -118,85 +80,6 @@ def test_agreement_against_scipy() -> None:
             assert float(found.dense_nll[here]) == pytest.approx(-math.log(p[here][following]), rel=1e-4, abs=1e-6)
             assert bool(found.top1[here]) == (p[here].argmax() == q[here].argmax())
     assert found.kl.shape == (2, 9)
-
-
-def test_a_lossless_cache_agrees_and_has_the_models_likelihood() -> None:
-    model, read = llama(), tokens(3, 100)
-    make = lambda: simulated.simulated_cache(model.config, [(Keep(), Keep())] * 2, residual=8, sinks=2, block=4)  # noqa: E731
-    found = likelihood.compare(model, read, {"kept": make}, 16, 2)["kept"]
-    with torch.no_grad():
-        whole = torch.nn.functional.cross_entropy(
-            model(read).logits[:, :-1].flatten(0, 1), read[:, 1:].flatten(), reduction="none"
-        )
-    torch.testing.assert_close(found.nll, whole.view(3, 99), rtol=1e-4, atol=1e-4)
-    assert float(found.kl.abs().max()) < 1e-5
-    assert float(found.top1.min()) == 1.0
-
-
-def test_what_the_simulated_cache_compresses_and_when() -> None:
-    config = llama(num_hidden_layers=1).config
-    cache = simulated.simulated_cache(config, [(AddOne(), AddOne())], residual=5, sinks=2, block=4, remove_offset=False)
-    states = torch.randn(1, 1, 30, 16, generator=torch.Generator().manual_seed(0))
-    expected = states.clone()
-    length = done = 0
-    for step in (3, 9, 1, 1, 10, 6):
-        fresh = states[:, :, length : length + step]
-        keys, values = cache.update(fresh, fresh, 0)
-        length += step
-        # What is read now is what was compressed before; new tokens and the recent ones are exact.
-        for read in (keys, values):
-            assert torch.equal(read, expected[:, :, :length])
-        while length - (2 + done) - 5 >= 4:
-            expected[:, :, 2 + done : 6 + done] += 1.0
-            done += 4
-    assert done == 20
-    codec = codecs.TurboCodec(16, 3)
-    found = simulated.formula_bytes([(codec, Keep())] * 2, 3, 16, 100, 20)
-    assert found["per_token"] == 2 * 3 * (6 + 2 + 10)
-    assert found["total"] == 80 * 108 + 20 * 2 * 2 * 3 * 16 * 2
-
-
-def test_offset_removal_leaves_a_constant_exact() -> None:
-    class Zero(Keep):
-        def round_trip(self, states: torch.Tensor) -> torch.Tensor:
-            return torch.zeros_like(states)
-
-    config = llama(num_hidden_layers=1).config
-    states = torch.full((1, 1, 40, 16), 7.0)
-    for removed, left in ((True, 7.0), (False, 0.0)):
-        cache = simulated.simulated_cache(
-            config, [(Zero(), Keep())], residual=0, sinks=0, block=4, remove_offset=removed
-        )
-        cache.update(states, states, 0)
-        keys, _ = cache.update(states[:, :, :1], states[:, :, :1], 0)
-        assert float(keys[0, 0, 0, 0]) == left
-
-
-def test_prod_codec_is_unbiased_and_counts_its_signs() -> None:
-    codec = codecs.TurboCodec(64, 3, "prod")
-    assert codec.bytes_per_vector() == 16 + 2 + 8 + 2
-    states = torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(2))
-    estimates = torch.cat([codecs.TurboCodec(64, 3, "prod", seed=seed).round_trip(states) for seed in range(60)])
-    products = (estimates * states).sum(dim=3).flatten()
-    truth = float(states.square().sum())
-    assert abs(float(products.mean()) - truth) < 5 * float(products.std()) / math.sqrt(60)
-
-
-def test_product_quantization_is_that_of_faiss() -> None:
-    pytest.importorskip("faiss")
-    from tqsearch.faiss_pq import faiss_pq
-
-    generator = torch.Generator().manual_seed(3)
-    for size in (4, 5):  # 5 does not divide 16: zeros are put between
-        vectors = torch.randn(600, 16, generator=generator)
-        index = faiss_pq(16, size, "l2", iterations=5)
-        index.train(vectors.numpy())
-        fresh = torch.randn(40, 16, generator=generator)
-        expected = index.sa_decode(index.sa_encode(fresh.numpy()))
-        codec = product.PQCodec([product.trained(vectors, size, 5)])
-        found = codec.round_trip(fresh.view(2, 1, 20, 16)).view(40, 16)
-        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
-        assert codec.bytes_per_vector() == size
 
 
 def test_bytes_are_those_of_the_storages() -> None:
@@ -341,7 +224,7 @@ def test_a_run_of_a_tiny_model_fills_the_readme(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(run, "TRAINING_DOCUMENTS", 2)
     common = ["--model", str(folder), "--text", str(text), "--tokens", "1200", "--length", "400", "--steps", "8"]
     common += ["--output", str(output), "--parts", "quality,greedy,bytes"]
-    assert run.main([*common, "--only", "^TurboQuant K[28]V[28]$"]) == 0
+    assert run.main([*common, "--only", "^TurboQuant K([28]V[28]|2V2, codec trellis)$"]) == 0
     assert run.main([*common, "--only", "^TurboQuant, prod keys K4V4$"]) == 0
     found = {one["name"]: one for one in json.loads(output.read_text())["runs"]}
     wide, narrow = found["TurboQuant K8V8"]["quality"], found["TurboQuant K2V2"]["quality"]
@@ -349,6 +232,7 @@ def test_a_run_of_a_tiny_model_fills_the_readme(tmp_path: Path, monkeypatch: pyt
     assert wide["positions"] == 3 * (399 - wide["measured_from"])
     assert 0.0 < wide["kl"]["mean"] < narrow["kl"]["mean"] / 20
     assert "quality" in found["TurboQuant, prod keys K4V4"]
+    assert found["TurboQuant K2V2, codec trellis"]["quality"]["kl"]["mean"] < narrow["kl"]["mean"]
     (root / "README.md").write_text("<!-- table:kvcache-tiny-llama -->\n<!-- end -->\n")
     (root / "docs").mkdir()
     (root / "docs" / "more.md").write_text("<!-- table:kvcache-tiny-llama.choices -->\n<!-- end -->\n")
@@ -357,59 +241,8 @@ def test_a_run_of_a_tiny_model_fills_the_readme(tmp_path: Path, monkeypatch: pyt
     readme = (root / "README.md").read_text()
     # Two layers of one head: keys and values of 16 coordinates and a float16 scale each, of 128 bytes dense.
     assert "| **TurboQuant K8V8** | **72** | **0.562** |" in readme
+    assert "| **TurboQuant K2V2, codec trellis** | **24** | **0.188** |" in readme
     assert "prod keys" not in readme
     assert "TurboQuant, prod keys K4V4" in (root / "docs" / "more.md").read_text()
     for name in figures.names(json.loads(output.read_text())):
         assert (root / "docs" / "figures" / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_widths_are_those_of_least_error() -> None:
-    # Every way of giving 3 groups 0 to 4 bits each, 5 in all: the least total error, by exhaustion.
-    powers = [16.0, 3.0, 0.25]
-    errors = [1.0, 0.3634, 0.1175, 0.03454, 0.009497]  # Max (1960), of N(0, 1)
-    ways = [(a, b, 5 - a - b) for a in range(5) for b in range(5) if 0 <= 5 - a - b <= 4]
-    best = min(ways, key=lambda way: sum(power * errors[width] for power, width in zip(powers, way, strict=True)))
-    found = calibrated.allotted(torch.tensor(powers).repeat_interleave(8) / 8, 5 / 3)
-    assert found.tolist() == [width for width in best for _ in range(8)]
-
-
-def test_a_calibrated_codec_serves_the_queries_it_knows() -> None:
-    generator = torch.Generator().manual_seed(9)
-    mixing, asking = (torch.randn(32, 32, generator=generator) for _ in range(2))
-    spread = torch.logspace(0.5, -1.5, 32)
-    keys = (torch.randn(1, 1, 4000, 32, generator=generator) * spread) @ mixing
-    queries = (torch.randn(500, 32, generator=generator) * spread) @ asking
-    covariance = (keys[0, 0].T @ keys[0, 0] / 4000).double()
-    weight = (queries.T @ queries / 500).double()
-
-    def logit_error(codec: Any) -> float:
-        return float((queries @ (codec.round_trip(keys) - keys)[0, 0].T).square().mean())
-
-    wide = calibrated.CalibratedCodec([calibrated.head_transform(covariance, weight, 6)])
-    power = float((queries @ keys[0, 0].T).square().mean())
-    assert logit_error(wide) < 0.002 * power  # 6 bits leave 0.0006 of a normal variable's power
-    known = calibrated.CalibratedCodec([calibrated.head_transform(covariance, weight, 2)])
-    principal = calibrated.CalibratedCodec([calibrated.head_transform(covariance, None, 2)])
-    assert known.bytes_per_vector() == codecs.TurboCodec(32, 2).bytes_per_vector() == 10
-    assert logit_error(known) < logit_error(principal) < logit_error(codecs.TurboCodec(32, 2))
-
-
-def test_moments_are_those_of_the_caches_keys() -> None:
-    model, read = llama(num_key_value_heads=2, num_attention_heads=4), tokens(2, 30)
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(read, past_key_values=cache)
-    found = moments.moments(model, read)
-    assert len(found) == 2
-    for layer, (queries, keys) in zip(cache.layers, found, strict=True):
-        for head in range(2):
-            rows = [layer.keys[document, head].double().numpy() for document in range(2)]
-            expected = sum(np.cov(part, rowvar=False, bias=True) for part in rows) / 2
-            np.testing.assert_allclose(keys[head].numpy(), expected, rtol=1e-4, atol=1e-8)
-        assert float(queries.diagonal(dim1=1, dim2=2).min()) > 0
-    # Of the first layer's queries the norm survives the rotary embedding: it is that of the projection.
-    block = model.model.layers[0]
-    with torch.no_grad():
-        asked = block.self_attn.q_proj(block.input_layernorm(model.model.embed_tokens(read)))
-    norms = asked.view(2, 30, 2, 2, 16).double().square().sum(dim=4).mean(dim=(0, 1, 3))
-    torch.testing.assert_close(found[0][0].diagonal(dim1=1, dim2=2).sum(dim=1), norms, rtol=1e-5, atol=0.0)

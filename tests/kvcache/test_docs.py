@@ -39,7 +39,7 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["key_bits", "residual_length", "sink_length", "protect_layers", "block_length", "seed"]
+    "name", ["key_bits", "codec", "residual_length", "sink_length", "protect_layers", "block_length", "seed"]
 )
 def test_the_table_gives_the_defaults(name):
     default = inspect.signature(TurboQuantCache.__init__).parameters["bits" if name == "key_bits" else name].default
