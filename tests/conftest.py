@@ -23,6 +23,17 @@ EPS = float(np.finfo(np.float32).eps)
 MASK = 2**64 - 1
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks as "gpu" the tests of kernels and those that need a GPU, and skips what is slow unless it was asked for."""
+    slow = pytest.mark.skip(reason="large; asked for with -m slow")
+    for item in items:
+        skips = " ".join(mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif"))
+        if "kernels" in item.path.parts or "GPU" in skips:
+            item.add_marker("gpu")
+        if "slow" not in config.option.markexpr and item.get_closest_marker("slow"):
+            item.add_marker(slow)
+
+
 class SplitMix64:
     """The published sequential generator: add the golden gamma to the state, then mix."""
 
