@@ -65,21 +65,29 @@ def bias(result: dict[str, Any]) -> str:
 
 def quality_table(result: dict[str, Any], runs: list[Run]) -> str:
     rows = [cells(run) for run in runs if "quality" in run or run["family"] == DENSE]
-    measured = next((run["quality"] for run in runs if "quality" in run), None)
     parts = [markdown(HEADER, rows)]
-    if measured is not None:
-        parts.append(caption(result, measured))
+    done = [run for run in runs if "quality" in run]
+    if done:
+        parts.append(caption(result, done))
     return "\n\n".join(parts)
 
 
-def caption(result: dict[str, Any], measured: dict[str, Any]) -> str:
+def caption(result: dict[str, Any], runs: list[Run]) -> str:
+    """What the rows share, and which were measured elsewhere than the first."""
+    measured = runs[0]["quality"]
     effort = measured["effort"]
+    where: dict[str, list[str]] = {}
+    for run in runs:
+        where.setdefault(provenance(run["quality"]["effort"]["environment"]), []).append(run["name"])
+    first, *others = where.items()
+    again = [f" {'; '.join(names)}: {text[:1].lower()}{text[1:]}" for text, names in others]
     return (
         f"{result['model']['name']}: {measured['documents']} documents in chunks of {effort['chunk']} tokens,"
         f" {measured['positions']:,} positions from {measured['measured_from']} on; ± is the 95 % interval over"
         " documents. Perplexity and KL are against the model's own dense cache; needles are exact answers of those"
         " asked at all lengths; greedy match is the mean number of tokens until the continuation differs. "
-        + provenance(effort["environment"])
+        + first[0]
+        + "".join(again)
     )
 
 

@@ -30,6 +30,7 @@ from benchmarks.kvcache import (  # noqa: E402
     run,
     storage,
     summary,
+    tables,
 )
 from benchmarks.kvcache.language_model import add_large_key_bias  # noqa: E402
 from tqsearch.errors import InvalidInputError  # noqa: E402
@@ -211,6 +212,17 @@ def test_results_are_added_to_and_merged(tmp_path: Path) -> None:
     assert whole["left_out"] == {"c": "no hqq"}
     with pytest.raises(SystemExit, match="another model"):
         results.load(tmp_path / "all.json", {"name": "huge"})
+
+
+def test_a_table_says_which_rows_were_measured_elsewhere() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "kvcache-booklm-25m.json"
+    result = json.loads(path.read_text())
+    run = next(run for run in result["runs"] if run["name"] == "TurboQuant K4V4")
+    other = json.loads(json.dumps({**run, "name": "TurboQuant K3V3"}))
+    other["quality"]["effort"]["environment"]["device"] = "an abacus"
+    text = tables.quality_table(result, [run, {**run, "name": "TurboQuant K2V2"}, other])
+    assert text.count("Measured on Intel") == 1
+    assert " TurboQuant K3V3: measured on an abacus; " in text
 
 
 def test_a_run_of_a_tiny_model_fills_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
