@@ -6,7 +6,7 @@ cache of the same model, position by position. Quality is measured in float32, s
 doing; bytes are those of a bfloat16 cache.
 
 A run adds to the file at --output: measure one family, or one part, at a time with --only and --parts. With --speed
-it is `whole_model` that runs: a large random model on a GPU.
+it is `whole_model` that runs, a large random model on a GPU; with --paths `paths`, the two ways to read a cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.kvcache import build, configurations, documents, language_model, results
+from benchmarks.kvcache import build, configurations, documents, language_model, paths, results, whole_model
 from benchmarks.kvcache.configurations import PARTS, Configuration
 from benchmarks.kvcache.measures import MEASURES, Scene, headline
 
@@ -50,10 +50,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    if "--speed" in arguments:
-        from benchmarks.kvcache import whole_model
-
-        return whole_model.main([one for one in arguments if one != "--speed"])
+    for flag, other in (("--speed", whole_model), ("--paths", paths)):
+        if flag in arguments:
+            return other.main([one for one in arguments if one != flag])
     if arguments == ["--list"]:
         print("\n".join(one.name for one in configurations.catalogue()))
         return 0

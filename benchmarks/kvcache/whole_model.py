@@ -4,7 +4,8 @@ A model of Llama-3.1-8B's shape with random weights, bfloat16. Caches are filled
 that no prompt has to be read; time does not depend on them. Then `generate` goes on for some tokens, greedily. A step
 is the time between two tokens, as a stopping criterion sees it once the device is done; the median counts. The dense
 cache is the library's `DynamicCache` with its "sdpa" attention; ours is `TurboQuantCache` with attention "turboquant".
-Beside this one step is replayed from a CUDA graph, where that fits: what the device takes without the host.
+Beside it stands how long the device works in a step, by the profiler: the rest of the step it waits for the host,
+which launches a model's many small operations one by one.
 
 Memory is the allocator's: the most that was allocated while generating, weights and caches included.
 """
@@ -16,17 +17,18 @@ import gc
 import importlib.metadata
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
 from benchmarks.environment import environment
-from benchmarks.kernels import milliseconds
 from benchmarks.kvcache.speed import now
 from benchmarks.search import RESULTS
 from tqsearch.kvcache import TurboQuantCache
@@ -35,11 +37,9 @@ CONTEXTS = (8192, 32768, 131072)
 BATCHES = (1, 8)
 STEPS, WARM = 16, 4
 ROOM = 64  # tokens of a context left for warm-up and steps
-FILL = 8192  # tokens of a layer filled at a time
+FILL = 8192  # tokens filled at a time
 SPARE = 5e9  # bytes left for logits, activations and one layer's second copy
-MOST_IN_GRAPHS = 60e9  # bytes of a cache whose step is captured: a graph of a dense step holds a second copy
 DENSE = "DynamicCache"
-ALLOCATOR = "expandable_segments:True"
 DEVICE = "cuda"
 COLUMNS = (
     "context",
@@ -47,10 +47,10 @@ COLUMNS = (
     "cache",
     "tokens/s",
     "ms a step",
-    "ms, from a graph",
+    "device, ms",
     "peak memory, GB",
     "times as fast",
-    "from a graph, times",
+    "device, times",
 )
 
 
@@ -91,21 +91,31 @@ class Clock(StoppingCriteria):
 
 
 @torch.no_grad()
-def fill(cache: Any, config: LlamaConfig, batch: int, tokens: int) -> None:
-    """Random keys and values, in every layer."""
-    shape = batch, config.num_key_value_heads, config.head_dim
-    for layer in range(config.num_hidden_layers):
-        for start in range(0, tokens, FILL):
-            count = min(FILL, tokens - start)
-            states = [
-                torch.randn((shape[0], shape[1], count, shape[2]), device=DEVICE, dtype=torch.bfloat16)
-                for _ in range(2)
-            ]
-            cache.update(*states, layer)
+def compressed_cache(config: LlamaConfig, bits: int, batch: int, tokens: int) -> TurboQuantCache:
+    """Random keys and values, compressed once and copied to every layer."""
+    cache = TurboQuantCache(config, bits=bits)
+    heads, dim = config.num_key_value_heads, config.head_dim
+    first, *others = cache.layers
+    for start in range(0, tokens, FILL):
+        shape = (batch, heads, min(FILL, tokens - start), dim)
+        first.update(*(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)))
+    for layer in others:
+        none = torch.empty((batch, heads, 0, dim), device=DEVICE, dtype=torch.bfloat16)
+        layer.update(none, none)
+        layer.past = tuple(
+            replace(
+                history,
+                sinks=history.sinks.clone(),
+                compressed=history.compressed.copied(),
+                recent=history.recent.clone(),
+            )
+            for history in first.past
+        )
+    return cache
 
 
 def dense_cache(config: LlamaConfig, batch: int, tokens: int) -> DynamicCache:
-    """As `fill`, without the copies that growing makes."""
+    """The library's, filled with random keys and values."""
     cache = DynamicCache(config=config)
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     for index, layer in enumerate(cache.layers):
@@ -143,45 +153,24 @@ def measured(model: LlamaForCausalLM, make: Callable[[], Any], batch: int, conte
         "tokens_per_second": round(batch / step, 1),
         "step_ms": round(step * 1e3, 3),
         "slowest_step_ms": round(max(intervals) * 1e3, 3),
-        "graph_ms": replayed(model, cache, batch) if held < MOST_IN_GRAPHS else None,
+        "busy_ms": busy(model, cache, batch),
         "peak_gb": round(peak / 1e9, 2),
+        "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
         "held_gb": round(held / 1e9, 2),
     }
 
 
-def replayed(model: LlamaForCausalLM, cache: Any, batch: int) -> float:
-    """One step from a CUDA graph, the same at every replay: milliseconds."""
+def busy(model: LlamaForCausalLM, cache: Any, batch: int, steps: int = 2) -> float:
+    """Milliseconds of a step in which the device works: the sum over its kernels and copies, by the profiler."""
     token = torch.zeros((batch, 1), dtype=torch.int64, device=DEVICE)
-    places = torch.full((batch, 1), cache.get_seq_length(), device=DEVICE)
-
-    def step() -> Tensor:
-        branch = forked(cache)
-        return model(token, position_ids=places, past_key_values=branch, logits_to_keep=1).logits
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    found = round(milliseconds(graph.replay, 0.1), 3)
-    graph.reset()
-    return found
-
-
-def forked(cache: Any) -> Any:
-    """A second cache over the same tensors, which neither kind changes in place."""
-    if isinstance(cache, TurboQuantCache):
-        return cache.fork()
-    branch = DynamicCache(config=None)
-    for layer in cache.layers:
-        copied = type(layer)()
-        copied.lazy_initialization(layer.keys, layer.values)
-        copied.keys, copied.values = layer.keys, layer.values
-        branch.layers.append(copied)
-    return branch
+    model(token, past_key_values=cache, logits_to_keep=1)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            model(token, past_key_values=cache, logits_to_keep=1)
+        torch.cuda.synchronize()
+    total = sum(event.self_device_time_total for event in seen.key_averages())
+    return round(total / steps / 1000, 3)
 
 
 def main(arguments: list[str]) -> int:
@@ -197,8 +186,6 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("benchmarks kvcache --speed needs a CUDA GPU, and torch sees none")
         return 1
-    # Growing a dense cache by a token a step leaves holes that fit nothing, but for this.
-    torch.cuda.memory._set_allocator_settings(ALLOCATOR)
     torch.manual_seed(options.seed)
     model = model_of(options.layers)
     config = model.config
@@ -211,7 +198,6 @@ def main(arguments: list[str]) -> int:
         "benchmark": "whole model",
         "environment": {**environment(options.seed), "transformers": importlib.metadata.version("transformers")},
         "model": {"parameters": sum(part.numel() for part in model.parameters()), "layers": options.layers},
-        "allocator": ALLOCATOR,
         "columns": list(COLUMNS),
         "rows": [],
         "runs": [],
@@ -220,9 +206,7 @@ def main(arguments: list[str]) -> int:
     def make(name: str, batch: int, tokens: int) -> Any:
         if name == DENSE:
             return dense_cache(config, batch, tokens)
-        cache = TurboQuantCache(config, bits=options.bits)
-        fill(cache, config, batch, tokens)
-        return cache
+        return compressed_cache(config, options.bits, batch, tokens)
 
     for context in options.contexts:
         batches = list(options.batches)
@@ -253,19 +237,19 @@ def main(arguments: list[str]) -> int:
 
 def _row(name: str, run: dict[str, Any], dense: dict[str, Any] | None) -> list[Any]:
     """A row of the table."""
-    times, graph_times = None, None
+    times, device_times = None, None
     if dense is not None and name != DENSE:
         times = round(run["tokens_per_second"] / dense["tokens_per_second"], 2)
-        if dense["graph_ms"] and run["graph_ms"]:
-            graph_times = round(dense["graph_ms"] / run["graph_ms"], 2)
+        if dense["busy_ms"] and run["busy_ms"]:
+            device_times = round(dense["busy_ms"] / run["busy_ms"], 2)
     return [
         run["context"],
         run["batch"],
         name,
         run["tokens_per_second"],
         run["step_ms"],
-        run["graph_ms"],
+        run["busy_ms"],
         run["peak_gb"],
         times,
-        graph_times,
+        device_times,
     ]

@@ -31,6 +31,7 @@ __all__ = [
     "Dense",
     "Encoded",
     "attention",
+    "attention_backend",
     "encode",
     "inner_products",
     "reconstruct",
@@ -252,15 +253,20 @@ def attention(
     Returns:
         (B, Tq, Hq, D of the values), of the query's dtype; zeros for a query that sees nothing.
     """
-    chosen = select(backend, query.device)
-    wrong = _without_kernel(context)
-    if wrong and backend == "triton":
-        raise BackendError(f"backend 'triton' has no kernel for {wrong}; use backend 'auto' or 'reference'")
-    if chosen == "triton" and not wrong:
+    if attention_backend(context, backend, query.device) == "triton":
         from tqsearch.kernels import attention_triton
 
         return attention_triton.attention(query, context, scaling, mask, softcap, s_aux, sliding_window)
     return attention_reference.attention(query, context, scaling, mask, softcap, s_aux, sliding_window)
+
+
+def attention_backend(context: Context, backend: str, device: torch.device) -> str:
+    """Which backend `attention` runs for a context: "reference" or "triton"; it raises as `attention` does."""
+    chosen = select(backend, device)
+    wrong = _without_kernel(context)
+    if wrong and backend == "triton":
+        raise BackendError(f"backend 'triton' has no kernel for {wrong}; use backend 'auto' or 'reference'")
+    return "reference" if wrong else chosen
 
 
 def _without_kernel(context: Context) -> str:

@@ -24,12 +24,15 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tqsearch import kernels
 from tqsearch.kernels import Compressed, Context, Dense
+from tqsearch.kvcache import tiles
 from tqsearch.kvcache.history import History
 from tqsearch.kvcache.store import KeyCodec, ValueCodec
 
 NAME = "turboquant"
-# Longer queries attend to decoded states: a program would decode each block once for every 16 rows.
-LONGEST_QUERY = 16
+# Up to so many queries plain torch decodes the layer at once, as its reference does; for more, tile by tile.
+FEW_QUERIES = 16
+# Queries a launch: bounds what the kernel's programs write for `merge`.
+MANY_QUERIES = 256
 _warned: set[str] = set()
 
 
@@ -154,27 +157,56 @@ def attention_forward(
         causal = attention_mask is not None or query.shape[2] == 1 or getattr(module, "is_causal", True)
         if hindrance:
             _warn(hindrance)
-        elif causal and query.shape[2] <= LONGEST_QUERY:
+        elif causal:
             # A mask holds the window already.
             window = sliding_window if attention_mask is None else None
-            out = kernels.attention(
-                query,
-                context_of(key.past),
-                scaling=scaling,
-                mask=attention_mask,
-                softcap=softcap,
-                s_aux=s_aux,
-                sliding_window=window,
-                backend=key.past.backend,
-            )
-            return out, None
+            return _from_codes(query, key.past, scaling, attention_mask, softcap, s_aux, window), None
     key, value = (part.decoded() if isinstance(part, CompressedTensor) else part for part in (key, value))
     if softcap is None and s_aux is None:
         found = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return found[0], None
-    return _explicit(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
+    out = tiles.attention(  # the library's sdpa has neither capped logits nor sink logits
+        query,
+        [(key, value)],
+        key.shape[2],
+        scaling=scaling,
+        mask=attention_mask,
+        causal=getattr(module, "is_causal", True) and query.shape[2] > 1,
+        softcap=softcap,
+        s_aux=s_aux,
+        dropout=dropout if module.training else 0.0,
+    )
+    return out, None
+
+
+def _from_codes(
+    query: Tensor,
+    past: Past,
+    scaling: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    """Attention of queries that are the last tokens of a past: (B, Tq, Hq, D)."""
+    context, count = context_of(past), query.shape[2]
+    options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, "sliding_window": window}
+    if count <= FEW_QUERIES:
+        return kernels.attention(query, context, mask=mask, backend=past.backend, **options)
+    if kernels.attention_backend(context, past.backend, query.device) == "reference":
+        every = tiles.tiles_of(past.keys, past.values)
+        return tiles.attention(query, every, context.length, mask=mask, **options)
+    found = []
+    for start in range(0, count, MANY_QUERIES):
+        stop = min(start + MANY_QUERIES, count)
+        seen = context.length - count + stop  # later tokens are hidden from these queries
+        recent = Dense(*(part[:, :, : part.shape[2] - count + stop] for part in context.recent))
+        masked = None if mask is None else mask[:, :, start:stop, :seen]
+        part = context._replace(recent=recent)
+        found.append(kernels.attention(query[:, :, start:stop], part, mask=masked, backend=past.backend, **options))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def _hindrance(query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> str:
@@ -200,40 +232,6 @@ def _warn(hindrance: str) -> None:
             "which is right but slow",
             stacklevel=3,
         )
-
-
-def _explicit(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
-    """Attention with capped logits or sink logits, which the library's `sdpa` has not: (B, Tq, Hq, D)."""
-    batch, query_heads, count, _ = query.shape
-    heads, length = key.shape[1], key.shape[2]
-    rows = query.reshape(batch, heads, query_heads // heads * count, -1)
-    scores = (rows @ key.transpose(2, 3)).view(batch, query_heads, count, length).float() * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and count > 1 and getattr(module, "is_causal", True):
-        mask = torch.ones((count, length), dtype=torch.bool, device=query.device).tril(length - count)
-    if mask is not None:
-        # Not minus infinity: a padded query sees nothing, and nobody reads what it gets, but it must not be NaN.
-        least = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
-    if s_aux is not None:
-        sink = s_aux.float().view(1, -1, 1, 1).expand(batch, -1, count, 1)
-        weights = torch.softmax(torch.cat([scores, sink], dim=3), dim=3)[..., :length]
-    else:
-        weights = torch.softmax(scores, dim=3)
-    weights = torch.nn.functional.dropout(weights, dropout, module.training).to(query.dtype)
-    out = weights.view(batch, heads, query_heads // heads * count, length) @ value
-    return out.view(batch, query_heads, count, -1).transpose(1, 2).contiguous()
 
 
 def register() -> None:

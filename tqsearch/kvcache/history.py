@@ -110,6 +110,13 @@ class History:
         out[:, :, sinks + compressed :] = self.recent
         return out
 
+    def decoded(self, start: int, stop: int) -> Tensor:
+        """The compressed tokens from `start` to `stop`, whole blocks: (B, H, stop - start, D) in the model's dtype."""
+        states = self.recent.new_empty((*self.recent.shape[:2], stop - start, self.recent.shape[3]))
+        if self.codec is not None and self.compressed is not None:
+            self.codec.decode(self.compressed.tokens(start, stop), states)
+        return states
+
     def first(self, length: int) -> History:
         """The first `length` tokens; those of a block that is cut become recent tokens, as decoded."""
         sinks, compressed = self.sinks.shape[2], self.compressed_length
@@ -125,10 +132,7 @@ class History:
         whole = kept // self.codec.block_length * self.codec.block_length
         recent = _prefix(self.recent, 0)
         if kept > whole:
-            cut = self.compressed.tokens(whole, whole + self.codec.block_length)
-            states = self.recent.new_empty((*self.recent.shape[:2], len(cut), self.recent.shape[3]))
-            self.codec.decode(cut, states)
-            recent = _prefix(states, kept - whole)
+            recent = _prefix(self.decoded(whole, whole + self.codec.block_length), kept - whole)
         return replace(self, compressed=self.compressed.tokens(0, whole).copied() if whole else None, recent=recent)
 
     def rows(self, index: Tensor) -> History:
