@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,15 +77,36 @@ def test_info_of_the_installation() -> None:
     assert "reference" in output
 
 
-def test_info_of_a_file(tmp_path: Path) -> None:
-    index = TurboQuantIndex(DIM, bits=2, metric="l2", seed=11)
-    index.add(np.random.default_rng(0).standard_normal((1234, DIM), dtype=np.float32))
+@pytest.mark.parametrize("codec", ["scalar", "trellis"])
+@pytest.mark.parametrize("learn", [None, "centre", "axes"])
+def test_info_of_a_file(tmp_path: Path, codec: Any, learn: Any) -> None:
+    index = TurboQuantIndex(DIM, bits=2, metric="l2", seed=11, codec=codec)
+    vectors = np.random.default_rng(0).standard_normal((1234, DIM), dtype=np.float32) * np.geomspace(1, 9, DIM)
+    if learn:
+        index.train(vectors, learn=learn)
+        assert index.learnt == learn
+    index.add(vectors)
     path = tmp_path / "some.tqs"
     index.save(path)
     status, output = run("info", str(path))
     assert status == 0
-    for text in ("1,234", "l2", "seed 11", f"{index.bytes_per_vector} bytes", "2 bit"):
-        assert text in output
+    said = dict(line.split(maxsplit=1) for line in output.replace("learnt axes", "learnt-axes").splitlines())
+    assert said["a"] == f"vector      {index.bytes_per_vector} bytes (float32: 64)"
+    assert said["vectors"] == "1,234"
+    assert said["metric"] == "l2"
+    assert said["plan"] == f"{DIM} x 2 bit"
+    assert said["codec"] == codec
+    assert said["rotation"] == "hadamard, seed 11"
+    learnt = " + ".join(f"{size} x {width} bit" for size, width in index.plan.pairs())
+    assert said.get("learnt-axes") == (learnt if learn == "axes" else None)
+
+
+def test_info_of_an_empty_index(tmp_path: Path) -> None:
+    TurboQuantIndex(DIM).save(tmp_path / "empty")
+    status, output = run("info", str(tmp_path / "empty"))
+    assert status == 0
+    assert "vectors       0\n" in output
+    assert "a vector" not in output
 
 
 def test_an_error_is_one_line(

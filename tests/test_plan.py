@@ -89,7 +89,7 @@ def test_a_plan_for_the_dim_is_returned_as_it_is():
 
 
 def test_reads_as_its_bands():
-    assert str(BitPlan.from_pairs([(96, 4), (200, 2), (88, 0)])) == "96 x 4 bit + 200 x 2 bit + 88 x 0 bit = 98 bytes"
+    assert str(BitPlan.from_pairs([(96, 4), (200, 2), (88, 0)])) == "96 x 4 bit + 200 x 2 bit + 88 x 0 bit"
 
 
 @pytest.mark.parametrize("bits", [-1, 8.5, math.nan, math.inf, True, "4", None, np.array([4])])

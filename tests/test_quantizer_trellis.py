@@ -8,7 +8,7 @@ import torch
 import trellis_oracle
 from trellis_oracle import Pairs
 
-from tqsearch import BitPlan, TurboQuantizer
+from tqsearch import BitPlan, TurboQuantIndex, TurboQuantizer
 from tqsearch.errors import BackendError, InvalidInputError
 
 MIXED = [(5, 4), (20, 2), (7, 0), (3, 8), (29, 1)]
@@ -21,6 +21,17 @@ def vectors(rng, count, dim):
     rows = (rng.standard_normal((count, dim)) * np.exp(2 * rng.standard_normal((count, 1)))).astype(np.float32)
     rows[count // 2] = 0
     return rows
+
+
+@pytest.mark.parametrize(("size", "bits"), [(9, 3), (100, 2), (13, 1), (64, 4)])
+def test_it_says_the_bytes_of_its_own_codes(size, bits):
+    """Not those of the scalar codes, which end each plane on a whole byte."""
+    quantizer, index = TurboQuantizer(size, bits, codec="trellis"), TurboQuantIndex(size, bits, codec="trellis")
+    there = trellis_oracle.row_bytes([(size, bits)])
+    assert len(quantizer.encode(np.ones((1, size))).packed[0]) == there
+    for shown in (quantizer, index):
+        assert f"plan={size} x {bits} bit = {there} bytes" in repr(shown)
+        assert str(shown.plan) == f"{size} x {bits} bit"
 
 
 def split(pairs) -> tuple[Pairs, np.ndarray]:

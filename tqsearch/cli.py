@@ -180,26 +180,22 @@ def describe_installation() -> None:
 
 def describe_file(path: Path) -> None:
     """The header of an index file; the vectors are not read."""
-    from tqsearch import TurboQuantIndex
-    from tqsearch.format import read_header
+    from tqsearch.format import read_header, stored_bytes
     from tqsearch.plan import BitPlan
 
     header = read_header(path)
-    plan = BitPlan.from_pairs(header.plan)
-    codec = header.codec or "scalar"
-    index = TurboQuantIndex(header.dim, plan, header.metric, codec=codec)  # type: ignore[arg-type]  # checked there
-    show(
-        [
-            ("vectors", f"{header.count:,}"),
-            ("dim", str(header.dim)),
-            ("metric", header.metric),
-            ("plan", str(plan)),
-            ("codec", codec),
-            ("rotation", f"{header.rotation}, seed {header.seed}"),
-            ("a vector", f"{index.bytes_per_vector} bytes (float32: {4 * header.dim})"),
-            ("file", f"{path.stat().st_size:,} bytes"),
-        ]
-    )
+    lines = [
+        ("vectors", f"{header.count:,}"),
+        ("dim", str(header.dim)),
+        ("metric", header.metric),
+        ("plan", str(BitPlan.from_pairs(header.plan))),
+    ]
+    if header.learnt_plan is not None:
+        lines.append(("learnt axes", str(BitPlan.from_pairs(header.learnt_plan))))
+    lines += [("codec", header.codec or "scalar"), ("rotation", f"{header.rotation}, seed {header.seed}")]
+    if header.count:
+        lines.append(("a vector", f"{stored_bytes(path) // header.count} bytes (float32: {4 * header.dim})"))
+    show([*lines, ("file", f"{path.stat().st_size:,} bytes")])
 
 
 def show(lines: list[tuple[str, str]]) -> None:

@@ -57,6 +57,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -208,6 +209,20 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     _check_prefix(Path(path))
     with _opened(path) as container:
         return _parsed(path, _metadata(path, container.metadata()))
+
+
+def stored_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes that a file keeps for all its vectors, ids apart, as the shapes of its tensors say; unverified.
+
+    Raises:
+        ForeignFileError, CorruptFileError, NewerFormatError: as `read`.
+    """
+    _check_prefix(Path(path))
+    with _opened(path) as container:
+        slices = {name: container.get_slice(name) for name in container.keys()}  # noqa: SIM118 (not a dict)
+    sizes = {dtype: kind.itemsize for kind, dtype in _DTYPES.items()}
+    kept = [part for name, part in slices.items() if name in ("bias", "scales", "packed")]
+    return sum(sizes[part.get_dtype()] * math.prod(part.get_shape()) for part in kept)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Header, Columns, dict[str, Tensor]]:

@@ -88,8 +88,8 @@ class TurboQuantIndex:
     def __repr__(self) -> str:
         codec = "" if self.codec == "scalar" else f"codec={self.codec!r}, "
         return (
-            f"TurboQuantIndex({len(self)} vectors, dim={self.dim}, metric={self.metric!r}, plan={self.plan}, {codec}"
-            f"device={str(self.device)!r})"
+            f"TurboQuantIndex({len(self)} vectors, dim={self.dim}, metric={self.metric!r}, plan={self.plan} = "
+            f"{self._quantizer.row_bytes} bytes, {codec}device={str(self.device)!r})"
         )
 
     # What it is

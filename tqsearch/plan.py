@@ -1,7 +1,7 @@
 """How many bits each rotated coordinate gets: bands of coordinates, each with its own width.
 
-A plan fixes the storage exactly: `bytes_per_vector` is the length of a row of packed codes, and no more is kept for
-codes.
+A plan fixes the storage exactly: `bytes_per_vector` is the length of a row of packed scalar codes, and no more is kept
+for codes. Along a trellis it is `codec.row_bytes`, the same where bands are multiples of 8.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class BitPlan:
 
     @property
     def bytes_per_vector(self) -> int:
-        """Bytes of one row of packed codes."""
+        """Bytes of one row of packed scalar codes; of either codec's: `codec.row_bytes`."""
         return sum(band.nbytes for band in self.bands)
 
     @property
@@ -122,6 +122,4 @@ class BitPlan:
     def __str__(self) -> str:
         bands = " + ".join(f"{band.size} x {band.width} bit" for band in self.bands)
         known = self.expected_distortion
-        return f"{bands} = {self.bytes_per_vector} bytes" + (
-            "" if known is None else f", expected distortion {known:.3g}"
-        )
+        return bands if known is None else f"{bands}, expected distortion {known:.3g}"

@@ -157,7 +157,7 @@ class TurboQuantizer:
     def __repr__(self) -> str:
         codec = "" if self.codec == "scalar" else f", codec={self.codec!r}"
         return (
-            f"TurboQuantizer(dim={self.dim}, plan={self.plan}, form={self.form!r}, "
+            f"TurboQuantizer(dim={self.dim}, plan={self.plan} = {self.row_bytes} bytes, form={self.form!r}, "
             f"rotation={self.rotation.name!r}{codec})"
         )
 
