@@ -58,8 +58,7 @@ class RowsBesideAList(RuleBasedStateMachine):
         moves = self.rows.moves(torch.tensor(removed, dtype=torch.int64))
         old, new = (part.tolist() for part in moves)
         left = len(self.model) - len(removed)
-        with self.rows.filled(*moves, left):
-            pass
+        self.rows.move(*moves, left)
         # What moves: the rows past the new end that stay, into the holes before it.
         assert sorted(old) == [row for row in range(left, len(self.model)) if row not in removed]
         assert sorted(new) == sorted(row for row in removed if row < left)
