@@ -40,6 +40,8 @@ ROOM = 64  # tokens of a context left for warm-up and steps
 FILL = 8192  # tokens filled at a time
 SPARE = 5e9  # bytes left for logits, activations and one layer's second copy
 DENSE = "DynamicCache"
+QUANTO = "QuantizedCache, quanto, 4 bits"
+QUANTO_LONGEST = 32768  # its step decodes the whole cache: longer contexts take long and show no more
 DEVICE = "cuda"
 COLUMNS = (
     "context",
@@ -125,6 +127,18 @@ def dense_cache(config: LlamaConfig, batch: int, tokens: int) -> DynamicCache:
     return cache
 
 
+@torch.no_grad()
+def quanto_cache(config: LlamaConfig, batch: int, tokens: int) -> Any:
+    """The library's quantized cache, filled with random keys and values."""
+    from transformers import QuantizedCache
+
+    cache = QuantizedCache("quanto", config, nbits=4)
+    shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)), layer)
+    return cache
+
+
 @torch.inference_mode()
 def measured(model: LlamaForCausalLM, make: Callable[[], Any], batch: int, context: int) -> dict[str, Any]:
     """One cache at one batch and context."""
@@ -179,6 +193,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--contexts", type=lambda text: [int(part) for part in text.split(",")], default=CONTEXTS)
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=BATCHES)
     parser.add_argument("--largest", action=argparse.BooleanOptionalAction, default=True, help="batches that just fit")
+    parser.add_argument("--quanto", action="store_true", help="the library's quantized cache too")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels", help="folder of the JSON file")
@@ -193,7 +208,7 @@ def main(arguments: list[str]) -> int:
     room = total - sum(part.nbytes for part in model.parameters()) - SPARE
     dense_token = 4 * options.layers * config.num_key_value_heads * config.head_dim
     ours_token = dense_token * (options.bits / 16 + 1 / config.head_dim)
-    ours = f"TurboQuantCache K{options.bits}V{options.bits}"
+    ours = f"TurboQuantCache, K{options.bits}V{options.bits}"
     result: dict[str, Any] = {
         "benchmark": "whole model",
         "environment": {**environment(options.seed), "transformers": importlib.metadata.version("transformers")},
@@ -206,6 +221,8 @@ def main(arguments: list[str]) -> int:
     def make(name: str, batch: int, tokens: int) -> Any:
         if name == DENSE:
             return dense_cache(config, batch, tokens)
+        if name == QUANTO:
+            return quanto_cache(config, batch, tokens)
         return compressed_cache(config, options.bits, batch, tokens)
 
     for context in options.contexts:
@@ -215,7 +232,10 @@ def main(arguments: list[str]) -> int:
             batches += [batch for batch in fits if batch not in batches]
         baseline: dict[int, dict[str, Any]] = {}
         for batch in batches:
-            for name, each, implementation in ((DENSE, dense_token, "sdpa"), (ours, ours_token, "turboquant")):
+            contestants = [(DENSE, dense_token, "sdpa"), (ours, ours_token, "turboquant")]
+            if options.quanto and context <= QUANTO_LONGEST and batch in options.batches:
+                contestants.append((QUANTO, ours_token, "sdpa"))
+            for name, each, implementation in contestants:
                 if context * batch * each > room:
                     continue
                 model.set_attn_implementation(implementation)

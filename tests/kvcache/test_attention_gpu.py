@@ -142,3 +142,42 @@ def test_compress_sets_attention_and_puts_it_back(name):
     assert torch.equal(model.generate(ids, **options), decoded)
     compress(model, None)
     assert model.config._attn_implementation == own
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("implementation", ["sdpa", plug.NAME])
+@torch.no_grad()
+def test_layers_on_two_devices(implementation):
+    """Each layer's cache follows its layer; the logits are those of one device."""
+    ids = families.tokens(2, 120)
+    found = []
+    for second in ("cuda:0", "cuda:1"):
+        model = families.make("llama")
+        model.set_attn_implementation(implementation)
+        decoder = model.model
+        for part in (decoder.embed_tokens, decoder.layers[0], decoder.rotary_emb):
+            part.to("cuda:0")
+        for part in (decoder.layers[1], decoder.norm, model.lm_head):
+            part.to(second)
+
+        def moved(module, args, kwargs, device=second):
+            pairs = [part.to(device) for part in kwargs["position_embeddings"]]
+            mask = kwargs.get("attention_mask")
+            return (args[0].to(device), *args[1:]), {
+                **kwargs,
+                "position_embeddings": tuple(pairs),
+                "attention_mask": None if mask is None else mask.to(device),
+            }
+
+        decoder.layers[1].register_forward_pre_hook(moved, with_kwargs=True)
+        cache, logits = cache_of(model), []
+        mask = torch.ones_like(ids)
+        mask[0, :6] = 0
+        for start, stop in ((0, 70), *((at, at + 1) for at in range(70, 80)), (80, 120)):
+            inputs = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+            out = model(**{name: part.to("cuda:0") for name, part in inputs.items()}, past_key_values=cache)
+            logits.append(out.logits[:, -1].cpu())
+        found.append(torch.stack(logits))
+        assert cache.layers[0].past[0].compressed.packed.device == torch.device("cuda:0")
+        assert cache.layers[1].past[0].compressed.packed.device == torch.device(second)
+    assert torch.equal(*found)

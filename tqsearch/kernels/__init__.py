@@ -12,6 +12,7 @@ distance less |q|^2.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ __all__ = [
     "attention_backend",
     "encode",
     "inner_products",
+    "launching_on",
     "reconstruct",
     "row_bytes",
     "scan",
@@ -93,6 +95,13 @@ def select(backend: str, device: torch.device) -> str:
     return backend
 
 
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, where Triton launches, if it is not: tensors may be on another."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 def encode(
     vectors: Tensor,
     bands: tuple[BandTable, ...],
@@ -129,10 +138,12 @@ def encode(
             from tqsearch.kernels import viterbi_triton
 
             search = viterbi_triton.best_paths
-            return Encoded(*reference.encode(vectors.float(), bands, factors, orders, centre, unit, search))
+            with launching_on(vectors.device):
+                return Encoded(*reference.encode(vectors.float(), bands, factors, orders, centre, unit, search))
         from tqsearch.kernels import encode_triton
 
-        return Encoded(*encode_triton.encode(vectors, bands, factors, orders, centre, unit))
+        with launching_on(vectors.device):
+            return Encoded(*encode_triton.encode(vectors, bands, factors, orders, centre, unit))
     return Encoded(*reference.encode(vectors, bands, factors, orders, centre, unit))
 
 
@@ -210,7 +221,8 @@ def scan(
     if chosen == "triton" and not wrong:
         from tqsearch.kernels import scan_triton
 
-        return scan_triton.scan(queries, packed, scales, bias, mask, bands, k, precision)
+        with launching_on(queries.device):
+            return scan_triton.scan(queries, packed, scales, bias, mask, bands, k, precision)
     return reference.scan(queries, packed, scales, bias, mask, bands, k)
 
 
@@ -256,7 +268,8 @@ def attention(
     if attention_backend(context, backend, query.device) == "triton":
         from tqsearch.kernels import attention_triton
 
-        return attention_triton.attention(query, context, scaling, mask, softcap, s_aux, sliding_window)
+        with launching_on(query.device):
+            return attention_triton.attention(query, context, scaling, mask, softcap, s_aux, sliding_window)
     return attention_reference.attention(query, context, scaling, mask, softcap, s_aux, sliding_window)
 
 

@@ -183,9 +183,10 @@ class StateCodec:
 
             along_tokens = isinstance(self, ValueCodec)
             tables, rotation = self.quantizer.tables(states.device), self.matrix(states.device)
-            packed, scales = encode_blocks(
-                states, tables, rotation, constants.get("offset"), self.block_length, along_tokens
-            )
+            with kernels.launching_on(states.device):
+                packed, scales = encode_blocks(
+                    states, tables, rotation, constants.get("offset"), self.block_length, along_tokens
+                )
             return CompressedStates(packed, scales.to(scale_dtype or _scale_dtype(scales)), **constants)
         pieces = [self._encode(states[:, :, start:stop], scale_dtype, constants) for start, stop in self.pieces(states)]
         return pieces[0].cat(*pieces[1:]) if len(pieces) > 1 else pieces[0]
