@@ -13,7 +13,7 @@ from torch import Tensor
 from tqsearch.arrays import IdsLike, as_ids
 from tqsearch.errors import DuplicateIdError, InvalidInputError, UnknownIdError
 from tqsearch.ids import IdMap, Ids
-from tqsearch.segments import Columns, SegmentedRows
+from tqsearch.segments import Columns, SegmentedRows, put_back
 
 LARGEST_ID = np.iinfo(np.int64).max
 
@@ -144,8 +144,14 @@ class Contents:
         moved, holes = rows.moves(removed)
         changed = np.concatenate([ids, rows.gather(moved)["ids"].cpu().numpy()])
         places = np.concatenate([np.full(len(ids), -1), holes.cpu().numpy()])
-        with rows.filled(moved, holes, len(self) - len(ids)):
+        overwritten = rows.values_at(holes)
+        try:
+            rows.move(moved, holes, len(self) - len(ids))
             self._replace(rows, self.next_id, changed, places)
+        except BaseException:  # an interrupt, or no memory
+            if self.rows is not rows:
+                put_back(overwritten)
+            raise
 
     def to(self, device: torch.device) -> Contents:
         """The same on another device."""
@@ -160,8 +166,9 @@ class Contents:
         try:
             self._map.assign(ids, places)
             self.rows, self._plain, self.next_id = rows, False, next_id
-        except BaseException:  # an interrupt, or no memory
-            self._map.assign(ids, before)
+        except BaseException:
+            if self.rows is not rows:
+                self._map.assign(ids, before)
             raise
 
 

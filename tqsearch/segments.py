@@ -6,21 +6,22 @@ A removal moves rows from the end into the holes; what it frees at the end is re
 once a segment is less than half full.
 
 A change that is to be made whole or not at all is made on a `copy`, which shares the tensors. Of these an append writes
-only what no copy uses, and `filled` puts back what it wrote.
+only what no copy uses; what a removal writes over, `values_at` keeps and `put_back` restores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Columns = dict[str, Tensor]
+Writes = list[tuple[Tensor, Tensor, Tensor]]  # a column, the places in it, and their values
 
 MERGE_BYTES = 256 << 20  # segments are merged up to this size
+MOVED_BYTES = 32 << 20  # rows move so many at a time
 
 
 @dataclass
@@ -67,7 +68,7 @@ class SegmentedRows:
             start += segment.size
 
     def copy(self) -> SegmentedRows:
-        """The same rows in the same tensors; a change of the one is not seen by the other, but for `filled`."""
+        """The same rows in the same tensors; a change of the one is not seen by the other, but for `move`."""
         copied = SegmentedRows()
         copied.segments = [Segment(dict(segment.columns), segment.size) for segment in self.segments]
         return copied
@@ -140,24 +141,18 @@ class SegmentedRows:
         at_end[removed[removed >= left] - left] = False
         return at_end.nonzero().flatten() + left, removed[removed < left]
 
-    @contextmanager
-    def filled(self, old: Tensor, new: Tensor, left: int) -> Iterator[None]:
-        """Moves rows, as `moves` says, and drops those from number `left` on.
+    def values_at(self, rows: Tensor) -> Writes:
+        """The values of rows, as `put_back` takes them."""
+        return [(column, places, column[places]) for _, column, places, _ in self._inside(rows)]
 
-        Where this or the block fails, the tensors, which copies share, are as before.
-        """
+    def move(self, old: Tensor, new: Tensor, left: int) -> None:
+        """Moves rows as `moves` says, and drops those from number `left` on. Copies see the moved values too."""
         source = self.copy()
-        undo = [(column, places, column[places]) for _, column, places, _ in self._inside(new)]
         self._truncate(left)
-        size = max(1, MERGE_BYTES // max(1, self.nbytes // max(1, left)))
-        try:
-            for some, holes in zip(torch.split(old, size), torch.split(new, size), strict=True):
-                values = source.gather(some)
-                _write([(column, places, values[name][which]) for name, column, places, which in self._inside(holes)])
-            yield
-        except BaseException:
-            _write(undo)
-            raise
+        size = max(1, MOVED_BYTES // max(1, source.nbytes // max(1, len(source))))
+        for some, holes in zip(torch.split(old, size), torch.split(new, size), strict=True):
+            values = source.gather(some)
+            put_back([(column, places, values[name][which]) for name, column, places, which in self._inside(holes)])
 
     def _truncate(self, count: int) -> None:
         while self.segments and len(self) - self.segments[-1].size >= count:
@@ -178,7 +173,7 @@ class SegmentedRows:
         return moved
 
 
-def _write(writes: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Takes no memory, so that it cannot fail for want of it."""
+def put_back(writes: Writes) -> None:
+    """Sets values. Takes no memory, so that it cannot fail for want of it."""
     for column, places, values in writes:
         column.index_copy_(0, places, values)
