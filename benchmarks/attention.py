@@ -4,13 +4,15 @@ One step of a model with 32 query heads, 8 KV heads and head dimension 128, bflo
 `scaled_dot_product_attention` with `enable_gqa`, the faster of its flash and cuDNN backends, on dense keys and values
 of the same length. Both are timed by device events over replays of a CUDA graph, without the launches of Python, and
 again called one by one. Codes are random bytes: time does not depend on them. The limit is a large device-to-device
-copy in the same run, bytes read and written. Logits alone, of 4-bit keys, stand beside `torch.matmul` of float32 keys.
+copy in the same run, bytes read and written; codes and scales at that rate are the least that a step can take. Logits
+alone, of 4-bit keys, stand beside `torch.matmul` of float32 keys. A third result is the time against the context.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.environment import environment
-from benchmarks.kernels import copy_rate, milliseconds
-from benchmarks.search import RESULTS
+from benchmarks.kernels import RESULTS, copy_rate, milliseconds
 from tqsearch import TurboQuantizer, kernels
 from tqsearch.kernels import Compressed, Context, Dense
 
 QUERY_HEADS, HEADS, DIM, BLOCK = 32, 8, 128, 128
 SINKS, RECENT = 4, 124
 SHAPES = ((1, 131072), (8, 32768), (16, 32768))
+CONTEXTS = tuple((8, 1024 * 2**power) for power in range(8))
 QUICK_SHAPES = ((1, 8192),)
 WIDTHS = ((4, 4), (3, 3), (2, 2), (4, 2))
+# Of a result: its name, columns, what makes the rows of a batch and a context, and these.
+Part = tuple[str, tuple[str, ...], Callable[[int, int], list[list[Any]]], tuple[tuple[int, int], ...]]
 COLUMNS = (
     "batch",
     "tokens",
@@ -42,6 +46,7 @@ COLUMNS = (
     "dense, one call, ms",
 )
 LOGIT_COLUMNS = ("batch", "tokens", "ours, ms", "float32 matmul, ms", "times as fast")
+CONTEXT_COLUMNS = ("batch", "tokens", "codes", "ours, ms", "least, ms", "dense, ms")
 
 
 def replayed(action: Callable[[], object], calls: int = 4) -> float:
@@ -95,6 +100,12 @@ def rival_times(batch: int, tokens: int, query: Tensor) -> tuple[float, float]:
     return min(graph for graph, _ in found), min(call for _, call in found)
 
 
+def least(past: Context, copy: float) -> float:
+    """Milliseconds that reading codes and scales takes at the copy's rate."""
+    nbytes = sum(part.numel() * part.element_size() for side in (past.keys, past.values) for part in side[:2])
+    return nbytes / copy / 1e9
+
+
 def rows_of(batch: int, tokens: int, widths: tuple[tuple[int, int], ...], copy: float) -> list[list[Any]]:
     """The table's rows of one shape."""
     query = torch.randn((batch, QUERY_HEADS, 1, DIM), device="cuda", dtype=torch.bfloat16)
@@ -108,7 +119,6 @@ def rows_of(batch: int, tokens: int, widths: tuple[tuple[int, int], ...], copy: 
             return kernels.attention(query, past, scaling=1 / math.sqrt(DIM))
 
         time = replayed(ours)
-        nbytes = sum(part.numel() * part.element_size() for side in (past.keys, past.values) for part in side[:2])
         rows.append(
             [
                 batch,
@@ -117,7 +127,7 @@ def rows_of(batch: int, tokens: int, widths: tuple[tuple[int, int], ...], copy: 
                 round(time, 4),
                 round(dense, 4),
                 round(dense / time, 2),
-                round(nbytes / time / 1e9 / copy, 2),
+                round(least(past, copy) / time, 2),
                 round(milliseconds(ours, 0.1), 4),
                 round(dense_call, 4),
             ]
@@ -126,7 +136,25 @@ def rows_of(batch: int, tokens: int, widths: tuple[tuple[int, int], ...], copy: 
     return rows
 
 
-def logit_row(batch: int, tokens: int) -> list[Any]:
+def context_rows(batch: int, tokens: int, copy: float) -> list[list[Any]]:
+    """Time against context: rows of one shape."""
+    query = torch.randn((batch, QUERY_HEADS, 1, DIM), device="cuda", dtype=torch.bfloat16)
+    dense, _ = rival_times(batch, tokens, query)
+    rows: list[list[Any]] = []
+    for bits in WIDTHS[:3]:
+        torch.cuda.empty_cache()
+        past = context(batch, tokens, bits)
+
+        def ours(past: Context = past) -> Tensor:
+            return kernels.attention(query, past, scaling=1 / math.sqrt(DIM))
+
+        times = [round(time, 4) for time in (replayed(ours), least(past, copy), dense)]
+        rows.append([batch, tokens, f"K{bits[0]}V{bits[1]}", *times])
+        del past
+    return rows
+
+
+def logit_rows(batch: int, tokens: int) -> list[list[Any]]:
     """Logits of 4-bit keys beside float32 ones."""
     from tqsearch.kernels.attention_logits_triton import logits
 
@@ -137,7 +165,7 @@ def logit_row(batch: int, tokens: int) -> list[Any]:
     rival = replayed(lambda: torch.matmul(grouped, exact.transpose(2, 3)))
     past = context(batch, tokens + SINKS + RECENT, (4, 4))
     time = replayed(lambda: logits(query, past.keys, past.offset, 1 / math.sqrt(DIM)))
-    return [batch, tokens, round(time, 4), round(rival, 4), round(rival / time, 2)]
+    return [[batch, tokens, round(time, 4), round(rival, 4), round(rival / time, 2)]]
 
 
 def main(arguments: list[str]) -> int:
@@ -150,24 +178,23 @@ def main(arguments: list[str]) -> int:
         print("benchmarks attention needs a CUDA GPU, and torch sees none")
         return 1
     torch.manual_seed(options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
     copy = copy_rate()
     torch.cuda.empty_cache()
     shapes = QUICK_SHAPES if options.quick else SHAPES
-    result: dict[str, Any] = {
-        "environment": environment(options.seed),
-        "copy, TB/s": round(copy, 2),
-        "columns": list(COLUMNS),
-        "rows": [],
-        "logit_columns": list(LOGIT_COLUMNS),
-        "logits": [],
-    }
-    for batch, tokens in shapes:
-        result["rows"] += rows_of(batch, tokens, WIDTHS, copy)
-    for batch, tokens in shapes:
-        result["logits"].append(logit_row(batch, tokens))
-    name = "attention-quick" if options.quick else "attention"
-    (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    for row in result["rows"] + result["logits"]:
-        print("  ".join(f"{cell!s:>8}" for cell in row))
+    contexts = shapes if options.quick else CONTEXTS
+    parts: tuple[Part, ...] = (
+        ("attention", COLUMNS, partial(rows_of, widths=WIDTHS, copy=copy), shapes),
+        ("attention-logits", LOGIT_COLUMNS, logit_rows, shapes),
+        ("attention-context", CONTEXT_COLUMNS, partial(context_rows, copy=copy), contexts),
+    )
+    for name, columns, measure, measured in parts:
+        rows = [row for batch, tokens in measured for row in measure(batch, tokens)]
+        about = {"environment": environment(options.seed), "copy, TB/s": round(copy, 2)}
+        result = {**about, "columns": list(columns), "rows": rows}
+        path = options.out / f"{name}{'-quick' if options.quick else ''}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        for row in rows:
+            print("  ".join(f"{cell!s:>8}" for cell in row))
     print(f"copy {copy:.2f} TB/s")
     return 0

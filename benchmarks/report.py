@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, kernel_figures, tables
+from benchmarks import attention_figures, figures, kernel_figures, tables
 from benchmarks.kvcache import figures as kvcache_figures
 from benchmarks.kvcache import tables as kvcache_tables
 
@@ -102,6 +102,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
             print(f"{where}: {', '.join(changed)}")
     pictured = [(figures, result) for result in drawn(results)]
     pictured += [(kernel_figures, result) for result in kernel_figures.drawn(results)]
+    pictured += [(attention_figures, result) for result in attention_figures.drawn(results)]
     pictured += [(kvcache_figures, result) for result in kvcache_figures.drawn(results)]
     for module, result in pictured:
         if options.check:
