@@ -104,6 +104,14 @@ def test_bad_bands_are_named(pair):
         BitPlan.from_pairs([(4, 4), pair])
 
 
+@pytest.mark.parametrize("pairs", [[(8, 2.5)], [("8", 2)], [(8,)], [(8, 2, 1)], [(8, None)], [(4, 4), (8.0, 2)]])
+def test_pairs_of_something_else_are_refused(pairs):
+    """A width of 2.5 is not taken for 2."""
+    with pytest.raises(InvalidInputError, match="needs pairs of integers"):
+        BitPlan.from_pairs(pairs)
+    assert BitPlan.from_pairs([(np.int64(8), np.uint8(2))]).pairs() == [(8, 2)]
+
+
 def test_no_bands_and_wrong_dim_are_refused():
     with pytest.raises(InvalidInputError, match="at least one band"):
         BitPlan.from_pairs([])

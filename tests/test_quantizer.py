@@ -306,6 +306,25 @@ def test_scales_in_float16_are_the_float32_ones_rounded(rng):
 
 
 @pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"dim": 32}, "8 bytes a row without signs, got 16 bytes a row without signs"),
+        ({"bits": 2}, "8 bytes a row without signs, got 4 bytes a row without signs"),
+        ({"form": "prod"}, "8 bytes a row without signs, got 6 bytes a row and signs"),
+    ],
+)
+def test_codes_of_another_quantizer_are_refused(rng, other, says):
+    codes = TurboQuantizer(**{"dim": 16, **other}).encode(vectors(rng, 3, other.get("dim", 16)))
+    quantizer = TurboQuantizer(16)
+    with pytest.raises(InvalidInputError, match=f"codes must be of this quantizer, {says}"):
+        quantizer.decode(codes)
+    with pytest.raises(InvalidInputError, match=says):
+        quantizer.inner_product(np.ones(16), codes)
+    with pytest.raises(InvalidInputError, match="codes must be what encode returns, got ndarray"):
+        quantizer.decode(np.ones((3, 8)))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dim": 0}, "dim must be an integer from 1 to 8192, got 0"),

@@ -1,4 +1,4 @@
-"""Users' arrays, numpy or torch, to checked tensors, and results back to the kind that was given."""
+"""What users give: arrays, numpy or torch, to checked tensors, and results back to that kind; ids; devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tqsearch.errors import InvalidInputError
+from tqsearch.errors import BackendError, InvalidInputError
 
 ArrayLike = Tensor | npt.NDArray[np.generic]
 IdsLike = ArrayLike | Sequence[int]
@@ -67,9 +67,14 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 def as_ids(values: IdsLike, name: str) -> npt.NDArray[np.int64]:
     """Ids as a 1-d int64 numpy array; integers only, in the range of int64."""
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    try:
+        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except ValueError as error:
+        raise InvalidInputError(f"{name} must be a 1-d array of integers, got rows of several lengths") from error
     if array.size == 0:
         array = array.astype(np.int64)
+    if array.dtype == object and all(isinstance(value, int) for value in array.flat):
+        raise InvalidInputError(f"{name} must fit in int64, got {max(array.flat, key=abs)}")
     if array.ndim != 1:
         raise InvalidInputError(f"{name} must be a 1-d array of integers, got shape {array.shape}")
     if array.dtype.kind not in "iu":
@@ -81,6 +86,9 @@ def as_ids(values: IdsLike, name: str) -> npt.NDArray[np.int64]:
 
 def _as_tensor(values: ArrayLike, name: str) -> Tensor:
     if isinstance(values, Tensor):
+        if values.layout != torch.strided or values.is_quantized or values.device.type == "meta":
+            kind = "a meta tensor" if values.device.type == "meta" else values.layout
+            raise InvalidInputError(f"{name} must be a dense tensor with values, got {kind}; convert it to float32")
         return values.detach()
     if not isinstance(values, np.ndarray):
         raise InvalidInputError(
@@ -93,6 +101,26 @@ def _as_tensor(values: ArrayLike, name: str) -> Tensor:
     if any(stride < 0 for stride in values.strides) or not values.flags.writeable:
         values = values.copy()
     return torch.from_numpy(values)
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """A device of this machine; None for the CPU.
+
+    Raises:
+        InvalidInputError: no device of torch.
+        BackendError: a GPU that torch does not see here.
+    """
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidInputError(f"device must be one of torch's, such as 'cpu' or 'cuda', got {device!r}") from error
+    there = torch.cuda.device_count() if place.type == "cuda" else 1
+    if place.type == "cuda" and (place.index or 0) >= there:
+        raise BackendError(
+            f"device must be there, got {str(place)!r} where torch sees {there} GPUs; use 'cpu', or a torch with CUDA "
+            "on a machine with a GPU"
+        )
+    return place
 
 
 def like(result: Tensor, given: ArrayLike) -> ArrayLike:

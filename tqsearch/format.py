@@ -55,6 +55,7 @@ scaled to squared norm `dim`, or those of learnt axes as in version 2. Other wid
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -125,13 +126,17 @@ def write(
         header: the codec and the counts.
         segments: the columns of consecutive runs of rows, on any device.
         constants: `centre`, `axes` and `deviations`, as far as the index has them.
+
+    Raises:
+        OSError: there is no such folder, something else than a file is in the way, or the disk is full; a file that
+            was there is as it was, and nothing is left beside it.
     """
-    target = Path(path)
+    target = _target(path)
     tensors = {name: [columns[name] for columns in segments] for name in (segments[0] if segments else ())}
     tensors.update((name, [tensor]) for name, tensor in (constants or {}).items())
     tensors = {name: tensors[name] for name in _ORDER if name in tensors}
     mode = target.stat().st_mode & 0o777 if target.exists() else None
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    temporary = target.parent / f".tqsearch-{secrets.token_hex(4)}.tmp"
     # The system takes the umask off a new file's mode: to ask for the umask is to set it, for all threads.
     handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666 if mode is None else 0o600)
     try:
@@ -155,6 +160,18 @@ def write(
             os.unlink(temporary)
         raise
     _sync_folder(target.parent)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """Where to write, behind any links: a file, or nothing yet."""
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder to save to; make it first", str(target.parent))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "an index is saved to a file, and this is a folder", str(target))
+    if target.exists() and not target.is_file():  # a device or a pipe would be replaced
+        raise OSError(errno.EINVAL, "an index is saved to a regular file, and this is none", str(target))
+    return target
 
 
 def _head(header: Header, tensors: dict[str, list[Tensor]], sha256: str) -> bytes:

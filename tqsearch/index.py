@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tqsearch import index_file, kernels
-from tqsearch.arrays import ArrayLike, IdsLike, as_ids, as_matrix, as_rows, like
+from tqsearch.arrays import ArrayLike, IdsLike, as_device, as_ids, as_matrix, as_rows, like
 from tqsearch.blocks import encode_blocks
 from tqsearch.codec import Codec
 from tqsearch.contents import LARGEST_ID, Contents, check_distinct, new_ids
@@ -73,7 +73,7 @@ class TurboQuantIndex:
     ) -> None:
         if train not in ("off", "auto"):
             raise InvalidInputError(f"train must be 'off' or 'auto', got {train!r}")
-        place = torch.device("cpu" if device is None else device)
+        place = as_device(device)
         kernels.select(backend, place)
         recipe = Recipe(dim, bits, metric, rotation, seed, codec, backend)
         self._become(recipe, recipe.estimator(), Contents(place), auto=train == "auto")
@@ -316,6 +316,8 @@ class TurboQuantIndex:
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise InvalidInputError(f"k must be an integer of at least 1, got {k!r}")
+        if precision not in kernels.PRECISIONS:
+            raise InvalidInputError(f"precision must be 'int8' or 'exact', got {precision!r}")
         matrix = as_matrix(queries, self.dim, "queries", self.device, one=True)
         with self._lock.read():
             mask = None if allow is None else self._contents.mask(allow)
@@ -328,7 +330,7 @@ class TurboQuantIndex:
 
     def to(self, device: str | torch.device) -> TurboQuantIndex:
         """Moves the index to a device, in place, and returns it."""
-        target = torch.device(device)
+        target = as_device(device)
         kernels.select(self._recipe.backend, target)
         with self._lock.write():
             self._contents = self._contents.to(target)
@@ -355,7 +357,7 @@ class TurboQuantIndex:
                 or is from a newer version.
             OSError: the file cannot be read.
         """
-        place = torch.device("cpu" if device is None else device)
+        place = as_device(device)
         kernels.select(backend, place)
         index = cls.__new__(cls)
         index._become(*index_file.read(path, place, backend), auto=False)

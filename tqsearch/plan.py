@@ -67,7 +67,14 @@ class BitPlan:
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[Sequence[int]]) -> BitPlan:
-        """A plan from (size, width) pairs in the order of the coordinates."""
+        """A plan from (size, width) pairs of integers in the order of the coordinates.
+
+        Raises:
+            InvalidInputError: no pairs of integers, none at all, or a size or a width that is out of range.
+        """
+        pairs = list(pairs)
+        if not all(len(pair) == 2 and all(isinstance(part, int | np.integer) for part in pair) for pair in pairs):
+            raise InvalidInputError(f"a plan needs pairs of integers, (size, width), got {pairs}")
         return cls(tuple(Band(int(size), int(width)) for size, width in pairs))
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tqsearch import codec as codecs
 from tqsearch import kernels
-from tqsearch.arrays import ArrayLike, as_matrix, like
+from tqsearch.arrays import ArrayLike, as_device, as_matrix, like
 from tqsearch.codebook import MAX_BITS, Codebook, lloyd_max, on_grid
 from tqsearch.codec import Codec
 from tqsearch.errors import InvalidInputError
@@ -150,7 +150,7 @@ class TurboQuantizer:
             if len(rows) != 1:
                 raise InvalidInputError(f"centre must have shape ({self.dim},), got {tuple(centre.shape)}")
             self.centre = rows[0].clone()
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else as_device(device)
         self.qjl = QJL(self.dim, self.seed, projection) if form == "prod" else None
         self._tables: dict[torch.device, tuple[BandTable, ...]] = {}
 
@@ -308,7 +308,11 @@ class TurboQuantizer:
 
         Returns:
             (n, dim) float32, on the codes' device.
+
+        Raises:
+            InvalidInputError: codes of another quantizer, as far as their shapes show it.
         """
+        self._check(codes)
         scales = codes.scales.float()
         if self.qjl is None and not unbiased:
             scales = scales * (1.0 - (self.distortion if self.basis is None else self.basis.coded_distortion))
@@ -330,7 +334,11 @@ class TurboQuantizer:
 
         Returns:
             (q, n) or (n,) float32: numpy for numpy queries, else torch on the queries' device.
+
+        Raises:
+            InvalidInputError: bad queries, or codes of another quantizer, as far as their shapes show it.
         """
+        self._check(codes)
         device = codes.packed.device
         matrix = as_matrix(queries, self.dim, "queries", device, one=True)
         products = kernels.inner_products(
@@ -341,6 +349,14 @@ class TurboQuantizer:
         if self.centre is not None:
             products = products + (matrix @ self.centre.to(device))[:, None]
         return like(products[0] if queries.ndim == 1 else products, queries)
+
+    def _check(self, codes: Codes) -> None:
+        if not isinstance(codes, Codes):
+            raise InvalidInputError(f"codes must be what encode returns, got {type(codes).__name__}")
+        wanted, found = (self.row_bytes, self.qjl is not None), (codes.packed.shape[1], codes.signs is not None)
+        if found != wanted:
+            said = [f"{size} bytes a row {'and' if signs else 'without'} signs" for size, signs in (wanted, found)]
+            raise InvalidInputError(f"codes must be of this quantizer, {said[0]}, got {said[1]}")
 
 
 def _trellis_table(band: Band, device: torch.device) -> BandTable:

@@ -298,12 +298,58 @@ class TestWriting:
             assert path.stat().st_mode & 0o777 == mode
 
     def test_where_it_cannot_be_written(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError):
-            made().save(tmp_path / "missing" / "index")
+        missing = tmp_path / "missing"
+        with pytest.raises(FileNotFoundError, match=f"no such folder to save to; make it first: '{missing}'"):
+            made().save(missing / "index")
         (tmp_path / "folder").mkdir()
-        with pytest.raises(OSError, match="folder"):
+        with pytest.raises(IsADirectoryError, match=r"an index is saved to a file, and this is a folder: '.*/folder'"):
             made().save(tmp_path / "folder")
         assert os.listdir(tmp_path) == ["folder"]
+
+    @ON_POSIX
+    def test_a_device_is_not_replaced(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OSError, match=r"saved to a regular file, and this is none: '.*/pipe'"):
+            made().save(tmp_path / "pipe")
+        assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+        assert os.listdir(tmp_path) == ["pipe"]
+
+    @ON_POSIX
+    def test_a_link_stays_a_link(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "real" / "index")
+        for count in (10, 20):
+            made(count).save(tmp_path / "link")
+            assert (tmp_path / "link").is_symlink()
+            assert parse((tmp_path / "real" / "index").read_bytes()).header["count"] == count
+
+    def test_a_name_as_long_as_the_system_allows(self, tmp_path: Path) -> None:
+        made(10).save(tmp_path / ("x" * 250))
+        assert os.listdir(tmp_path) == ["x" * 250]
+
+    @ON_LINUX
+    def test_a_full_disk_leaves_the_old_file(self, tmp_path: Path) -> None:
+        """The system itself refuses more bytes: at the head, among the codes, and one byte before the end."""
+        import resource
+
+        path, index = tmp_path / "index", made(4000)
+        made(20).save(path)
+        before = path.read_bytes()
+        index.save(tmp_path / "whole")
+        size = (tmp_path / "whole").stat().st_size
+        (tmp_path / "whole").unlink()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for limit in (10, size // 2, size - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            try:
+                with pytest.raises(OSError, match="File too large"):
+                    index.save(path)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert path.read_bytes() == before
+            assert os.listdir(tmp_path) == ["index"]
+        index.save(path)
+        assert path.stat().st_size == size
 
     def test_two_at_once(self, tmp_path: Path) -> None:
         """Each writes a file of its own; the last rename wins."""

@@ -1,6 +1,7 @@
 """What users give: every dtype and layout that is legal, and errors that name what is wrong and change nothing."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from index_oracle import Parsed, estimate
 
-from tqsearch.errors import DuplicateIdError, InvalidInputError, UnknownIdError
+from tqsearch.errors import BackendError, DuplicateIdError, InvalidInputError, UnknownIdError
 from tqsearch.index import TurboQuantIndex
+from tqsearch.splitmix import permutation
 
 METRICS = ["ip", "cosine", "l2"]
 DIM = 16
@@ -89,6 +91,8 @@ BAD_VECTORS: dict[str, tuple[Any, str]] = {
     "complex": (np.ones((2, DIM), complex), "vectors must be real numbers, got dtype complex128"),
     "torch complex": (torch.ones((2, DIM), dtype=torch.complex64), "vectors must be real numbers, got dtype torch"),
     "dates": (np.zeros((2, DIM), "datetime64[s]"), "vectors must be real numbers, got dtype datetime64"),
+    "sparse": (torch.eye(DIM).to_sparse(), r"vectors must be a dense tensor with values, got torch\.sparse_coo"),
+    "meta": (torch.empty(2, DIM, device="meta"), "vectors must be a dense tensor with values, got a meta tensor"),
     "list": ([[0.0] * DIM], "vectors must be a numpy array or a torch tensor, got list"),
     "none": (None, "vectors must be a numpy array or a torch tensor, got NoneType"),
 }
@@ -105,6 +109,9 @@ BAD_IDS: dict[str, tuple[Any, type[Exception], str]] = {
     "negative": ([100, -7, 102], InvalidInputError, "at least 0, got -7"),
     "missing": ([100, 101, -1], InvalidInputError, "at least 0, got -1"),
     "too large": (np.array([100, 2**63, 102], np.uint64), InvalidInputError, "fit in int64, got 9223372036854775808"),
+    "far too large": ([100, 2**70, 102], InvalidInputError, f"fit in int64, got {2**70}"),
+    "ragged": ([[100], [101, 102], [103]], InvalidInputError, "1-d array of integers, got rows of several lengths"),
+    "a set": ({100, 101, 102}, InvalidInputError, r"1-d array of integers, got shape \(\)"),
     "twice": ([100, 101, 100], DuplicateIdError, "distinct, got 100 more than once"),
     "in the index": ([100, 5, 102], DuplicateIdError, "new, got 5, which is in the index"),
 }
@@ -192,11 +199,66 @@ def test_a_bad_second_add_of_an_empty_index_leaves_it_empty(saved: SavedOf) -> N
         ({"metric": "dot"}, "metric must be one of 'ip', 'cosine', 'l2', got 'dot'"),
         ({"rotation": "pca"}, "rotation must be one of 'dense', 'hadamard', 'identity', got 'pca'"),
         ({"backend": "fast"}, "backend must be one of .*, got 'fast'"),
+        ({"codec": "wavelet"}, "codec must be one of 'scalar', 'trellis', got 'wavelet'"),
+        ({"codec": "trellis", "bits": 5}, "needs a band of 1 to 4 bits, .*, got 5 bits; use codec 'scalar'"),
+        ({"train": True}, "train must be 'off' or 'auto', got True"),
+        ({"seed": 1.5}, r"seed must be an integer, got 1\.5"),
+        ({"device": "gpu"}, "device must be one of torch's, such as 'cpu' or 'cuda', got 'gpu'"),
+        ({"device": 3.5}, r"device must be one of torch's, .*, got 3\.5"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidInputError, match=says):
         TurboQuantIndex(**{"dim": DIM, **options})
+
+
+@pytest.mark.parametrize("call", ["make", "move", "load"])
+def test_a_gpu_that_is_not_there(tmp_path: Path, call: str) -> None:
+    """It is said at once, not when the first vectors come; the index stays where it is."""
+    index = TurboQuantIndex(DIM)
+    index.add(whole_numbers(5))
+    index.save(tmp_path / "index")
+    absent = f"cuda:{torch.cuda.device_count()}"
+    calls: dict[str, Callable[[], object]] = {
+        "make": lambda: TurboQuantIndex(DIM, device=absent),
+        "move": lambda: index.to(absent),
+        "load": lambda: TurboQuantIndex.load(tmp_path / "index", device=absent),
+    }
+    with pytest.raises(BackendError, match=f"device must be there, got '{absent}' where torch sees .* use 'cpu'"):
+        calls[call]()
+    assert index.device.type == "cpu"
+    assert len(np.asarray(index.search(whole_numbers(1), 3)[1])[0]) == 3
+
+
+@pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.parametrize("precision", ["int4", None, 8])
+def test_bad_precision(count: int, precision: Any) -> None:
+    index = TurboQuantIndex(DIM)
+    index.add(whole_numbers(count))
+    with pytest.raises(InvalidInputError, match="precision must be 'int8' or 'exact', got"):
+        index.search(whole_numbers(1), precision=precision)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_first_add_that_fails_teaches_nothing(bad: float) -> None:
+    """With train="auto" the sample is drawn before the bad row is found, and the row is named by its own number."""
+    index = TurboQuantIndex(DIM, train="auto")
+    vectors = np.random.default_rng(0).standard_normal((5000, DIM)).astype(np.float32)
+    for row in (0, 4321):
+        spoilt = vectors.copy()
+        spoilt[row, 2] = bad
+        with pytest.raises(InvalidInputError, match=f"in row {row}; 1 such rows of 5000"):
+            index.add(spoilt)
+        assert (len(index), index.learnt) == (0, "nothing")
+    far = np.random.default_rng(1).standard_normal((70_000, DIM)).astype(np.float32)
+    drawn = set(permutation(0, 64, len(far))[: 1 << 16].tolist())
+    outside = next(row for row in range(len(far)) if row not in drawn)
+    far[outside] = bad
+    with pytest.raises(InvalidInputError, match=f"in row {outside};"):
+        index.add(far)
+    assert (len(index), index.learnt) == (0, "nothing")
+    index.add(vectors)
+    assert index.learnt != "nothing"
 
 
 class TestExtremes:
