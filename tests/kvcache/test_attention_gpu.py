@@ -102,6 +102,23 @@ def test_offloading_changes_nothing(implementation):
     assert {"cpu"} in devices
 
 
+@torch.no_grad()
+def test_blocks_that_have_not_changed_are_not_copied_back():
+    model = families.make("llama").cuda()
+    model.set_attn_implementation(plug.NAME)
+    cache = cache_of(model, offloading=True)
+    ids = families.tokens(1, 90).cuda()
+    model(ids[:, :80], past_key_values=cache)
+    blocks = cache.layers[0].past[0].compressed
+    assert blocks.packed.device.type == "cpu"
+    model(ids[:, 80:81], past_key_values=cache)
+    assert cache.layers[0].past[0].compressed is blocks
+    for at in range(81, 90):
+        model(ids[:, at : at + 1], past_key_values=cache)
+    model(families.tokens(1, 40).cuda(), past_key_values=cache)
+    assert len(cache.layers[0].past[0].compressed) > len(blocks)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.no_grad()

@@ -142,9 +142,10 @@ class History:
         sinks, recent = (part.index_select(0, index) for part in (self.sinks, self.recent))
         return replace(self, sinks=sinks, compressed=compressed, recent=recent)
 
-    def to(self, device: torch.device | str) -> History:
-        """The same on another device; copies to a GPU do not wait."""
-        compressed = None if self.compressed is None else self.compressed.to(device)
+    def to(self, device: torch.device | str, compressed: CompressedStates | None = None) -> History:
+        """The same on another device, its blocks too unless `compressed` is them; copies to a GPU do not wait."""
+        if compressed is None and self.compressed is not None:
+            compressed = self.compressed.to(device)
         sinks, recent = (part.to(device, non_blocking=True) for part in (self.sinks, self.recent))
         return replace(self, sinks=sinks, compressed=compressed, recent=recent)
 

@@ -48,6 +48,7 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, settings: LayerSettings) -> None:
         self.settings = settings
         self.past: tuple[History, History] | None = None
+        self._fetched: tuple[tuple[History, History], ...] = ()  # what was on the CPU, and the same on the device
         DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]  # by name: the hybrid layer has other bases
 
     @property
@@ -151,7 +152,7 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forgets everything, also shapes and dtype."""
-        self.past = None
+        self.past, self._fetched = None, ()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -193,14 +194,24 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._select(torch.arange(self.past[0].recent.shape[0]).repeat_interleave(repeats))
 
     def offload(self) -> None:
-        """Moves everything to the CPU."""
+        """Moves everything to the CPU; blocks that `prefetch` fetched and that are as they were are still there."""
         if self.past is not None:
-            self.past = self.past[0].to("cpu"), self.past[1].to("cpu")
+            twins = {id(moved.compressed): kept.compressed for kept, moved in self._fetched}
+            keys, values = (history.to("cpu", twins.get(id(history.compressed))) for history in self.past)
+            self.past, self._fetched = (keys, values), ()
 
     def prefetch(self) -> None:
         """Moves everything back to the layer's device."""
         if self.past is not None and self.past[0].recent.device != self.device:
-            self.past = self.past[0].to(self.device), self.past[1].to(self.device)
+            kept = self.past
+            self.past = kept[0].to(self.device), kept[1].to(self.device)
+            self._fetched = tuple(zip(kept, self.past, strict=True))
+            if self.device.type == "cuda":
+                # The library fetches on a stream of its own: what it fetched must outlive its uses on the usual one.
+                stream = torch.cuda.default_stream(self.device)
+                for history in self.past:
+                    for tensor in history.tensors().values():
+                        tensor.record_stream(stream)
 
 
 def _latent_bits(settings: LayerSettings, keys: Tensor, values: Tensor) -> LayerBits:

@@ -38,6 +38,7 @@ def save(cache: TurboQuantCache, path: str | os.PathLike[str]) -> None:
             for side, history in zip(("keys", "values"), attributes.pop("past") or (), strict=False):
                 tensors.update({f"{index}.{side}.{name}": part for name, part in history.tensors().items()})
             entry["bits"] = [_width_out(width) for width in attributes.pop("settings").bits]
+            del attributes["_fetched"]  # nothing waits in a file
         entry["state"] = format.attributes_out(str(index), attributes, tensors)
         entries.append(entry)
     header = {name: getattr(settings, name) for name in _OPTIONS}
