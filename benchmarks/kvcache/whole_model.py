@@ -40,6 +40,7 @@ ROOM = 64  # tokens of a context left for warm-up and steps
 FILL = 8192  # tokens filled at a time
 SPARE = 5e9  # bytes left for logits, activations and one layer's second copy
 DENSE = "DynamicCache"
+OFFLOADED = ", offloaded"
 QUANTO = "QuantizedCache, quanto, 4 bits"
 QUANTO_LONGEST = 32768  # its step decodes the whole cache: longer contexts take long and show no more
 DEVICE = "cuda"
@@ -93,9 +94,9 @@ class Clock(StoppingCriteria):
 
 
 @torch.no_grad()
-def compressed_cache(config: LlamaConfig, bits: int, batch: int, tokens: int) -> TurboQuantCache:
+def compressed_cache(config: LlamaConfig, bits: int, batch: int, tokens: int, offloading: bool) -> TurboQuantCache:
     """Random keys and values, compressed once and copied to every layer."""
-    cache = TurboQuantCache(config, bits=bits)
+    cache = TurboQuantCache(config, bits=bits, offloading=offloading)
     heads, dim = config.num_key_value_heads, config.head_dim
     first, *others = cache.layers
     for start in range(0, tokens, FILL):
@@ -113,17 +114,23 @@ def compressed_cache(config: LlamaConfig, bits: int, batch: int, tokens: int) ->
             )
             for history in first.past
         )
+        if offloading:
+            layer.offload()
+    if offloading:
+        first.offload()
     return cache
 
 
-def dense_cache(config: LlamaConfig, batch: int, tokens: int) -> DynamicCache:
+def dense_cache(config: LlamaConfig, batch: int, tokens: int, offloading: bool) -> DynamicCache:
     """The library's, filled with random keys and values."""
-    cache = DynamicCache(config=config)
+    cache = DynamicCache(config=config, offloading=offloading)
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
-    for index, layer in enumerate(cache.layers):
+    for layer in cache.layers:
         none = torch.empty((batch, shape[1], 0, shape[3]), device=DEVICE, dtype=torch.bfloat16)
-        cache.update(none, none, index)
+        layer.update(none, none)
         layer.keys, layer.values = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        if offloading:
+            layer.offload()
     return cache
 
 
@@ -194,6 +201,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=BATCHES)
     parser.add_argument("--largest", action=argparse.BooleanOptionalAction, default=True, help="batches that just fit")
     parser.add_argument("--quanto", action="store_true", help="the library's quantized cache too")
+    parser.add_argument("--offloading", action="store_true", help="caches that wait on the CPU, at the smallest size")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels", help="folder of the JSON file")
@@ -219,22 +227,25 @@ def main(arguments: list[str]) -> int:
     }
 
     def make(name: str, batch: int, tokens: int) -> Any:
-        if name == DENSE:
-            return dense_cache(config, batch, tokens)
+        offloading = name.endswith(OFFLOADED)
+        if name.startswith(DENSE):
+            return dense_cache(config, batch, tokens, offloading)
         if name == QUANTO:
             return quanto_cache(config, batch, tokens)
-        return compressed_cache(config, options.bits, batch, tokens)
+        return compressed_cache(config, options.bits, batch, tokens, offloading)
 
     for context in options.contexts:
         batches = list(options.batches)
         if options.largest:
             fits = [int(room / (context * each * (1 + 2 / options.layers))) for each in (dense_token, ours_token)]
             batches += [batch for batch in fits if batch not in batches]
-        baseline: dict[int, dict[str, Any]] = {}
+        baseline: dict[tuple[int, bool], dict[str, Any]] = {}
         for batch in batches:
             contestants = [(DENSE, dense_token, "sdpa"), (ours, ours_token, "turboquant")]
             if options.quanto and context <= QUANTO_LONGEST and batch in options.batches:
                 contestants.append((QUANTO, ours_token, "sdpa"))
+            if options.offloading and context == min(options.contexts) and batch == min(options.batches):
+                contestants += [(DENSE + OFFLOADED, dense_token, "sdpa"), (ours + OFFLOADED, ours_token, "turboquant")]
             for name, each, implementation in contestants:
                 if context * batch * each > room:
                     continue
@@ -244,9 +255,10 @@ def main(arguments: list[str]) -> int:
                 except torch.cuda.OutOfMemoryError:
                     print(f"{name}: {batch} x {context} does not fit", flush=True)
                     continue
-                if name == DENSE:
-                    baseline[batch] = run
-                row = _row(name, run, baseline.get(batch))
+                kind = batch, name.endswith(OFFLOADED)
+                if name.startswith(DENSE):
+                    baseline[kind] = run
+                row = _row(name, run, baseline.get(kind))
                 result["runs"].append({"cache": name, **run})
                 result["rows"].append(row)
                 print(*row, run["slowest_step_ms"], sep="\t", flush=True)
@@ -258,7 +270,7 @@ def main(arguments: list[str]) -> int:
 def _row(name: str, run: dict[str, Any], dense: dict[str, Any] | None) -> list[Any]:
     """A row of the table."""
     times, device_times = None, None
-    if dense is not None and name != DENSE:
+    if dense is not None and dense is not run:
         times = round(run["tokens_per_second"] / dense["tokens_per_second"], 2)
         if dense["busy_ms"] and run["busy_ms"]:
             device_times = round(dense["busy_ms"] / run["busy_ms"], 2)
