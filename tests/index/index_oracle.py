@@ -4,14 +4,12 @@ Nothing here imports tqsearch, torch or safetensors. Where a definition is a loo
 plainly right, not fast.
 """
 
-import hashlib
-import json
-import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from container import kinds, take_apart
 from scipy import special
 
 Pairs = tuple[tuple[int, int], ...]  # (size, width) of each band
@@ -265,49 +263,24 @@ class Parsed:
 
 
 def parse(content: bytes) -> Parsed:
-    """Takes a file apart by the specification, and checks every statement of it."""
-    (length,) = struct.unpack("<Q", content[:8])
-    text, data = content[8 : 8 + length], content[8 + length :]
-    assert text.startswith(b'{"__metadata__":{"format":"tqsearch-index"')
-    assert length % 8 == 0
-    container = json.loads(text)
-    metadata = container.pop("__metadata__")
-    assert list(metadata) == ["format", "version", "header", "sha256"]
-    assert metadata["version"] == "1"
-    header = json.loads(metadata["header"])
-    assert list(header) == sorted(["dim", "metric", "plan", "rotation", "seed", "count", "next_id"])
-    digest = hashlib.sha256(metadata["header"].encode())
-    types = {"I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "u1"}
-    tensors, end = {}, 0
-    for name, entry in container.items():
-        first, last = entry["data_offsets"]
-        assert first == end, "a gap"
-        end = last
-        shape = json.dumps(entry["shape"], separators=(",", ":"))
-        digest.update(f"{name} {entry['dtype']} {shape}".encode() + data[first:last])
-        tensors[name] = np.frombuffer(data[first:last], types[entry["dtype"]]).reshape(entry["shape"])
-    assert end == len(data)
-    assert digest.hexdigest() == metadata["sha256"]
-    _check_tensors(header, tensors)
-    return Parsed(header, tensors)
-
-
-def _check_tensors(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    count = header["count"]
-    row_bytes = sum(-(-size * plane // 8) for size, width in header["plan"] for plane in (8, 4, 2, 1) if width & plane)
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+    """Takes a file of version 1 apart by the specification, and checks every statement of it."""
+    version, header, tensors = take_apart(content)
+    assert version == "1"
+    assert header.keys() == {"dim", "metric", "plan", "rotation", "seed", "count", "next_id"}
+    count, plan = header["count"], header["plan"]
+    row_bytes = sum(-(-size * plane // 8) for size, width in plan for plane in (8, 4, 2, 1) if width & plane)
+    half = header["metric"] == "cosine" and all(width for _, width in plan)
+    wanted: list[tuple[str, str, tuple[int, ...]]] = []
+    if "ids" in tensors:
+        wanted.append(("ids", "I64", (count,)))
+        assert tensors["ids"].tolist() != list(range(count)), "plain ids are not stored"
+        assert len(set(tensors["ids"].tolist())) == count
+        assert tensors["ids"].max() < header["next_id"]
     if "centre" in tensors:
-        wanted["centre"] = ("<f4", (header["dim"],))
+        wanted.append(("centre", "F32", (header["dim"],)))
+    if count and (header["metric"] == "l2" or "centre" in tensors):
+        wanted.append(("bias", "F16" if header["metric"] == "cosine" else "F32", (count,)))
     if count:
-        half = header["metric"] == "cosine" and all(width for _, width in header["plan"])
-        wanted["scales"] = ("<f2" if half else "<f4", (count,))
-        wanted["packed"] = ("|u1", (count, row_bytes))
-        if header["metric"] == "l2" or "centre" in tensors:
-            wanted["bias"] = ("<f2" if header["metric"] == "cosine" else "<f4", (count,))
-        if "ids" in tensors:
-            wanted["ids"] = ("<i8", (count,))
-            assert tensors["ids"].tolist() != list(range(count)), "plain ids are not stored"
-            assert len(set(tensors["ids"].tolist())) == count
-            assert tensors["ids"].max() < header["next_id"]
-    assert {name: (tensor.dtype.str, tensor.shape) for name, tensor in tensors.items()} == wanted
-    assert list(tensors) == [name for name in ("ids", "centre", "bias", "scales", "packed") if name in wanted]
+        wanted += [("scales", "F16" if half else "F32", (count,)), ("packed", "U8", (count, row_bytes))]
+    assert kinds(tensors) == wanted
+    return Parsed(header, tensors)

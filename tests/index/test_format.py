@@ -1,10 +1,7 @@
 """The file by its specification: golden bytes, a parser and a writer of the test's own, and what is left by a crash."""
 
-import hashlib
-import json
 import os
 import stat
-import struct
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +11,7 @@ import golden_recipes
 import numpy as np
 import pytest
 import torch
+from container import put_together
 from index_oracle import check_top_k, estimate, mean_distortion, parse
 
 from tqsearch import format as file_format
@@ -32,22 +30,6 @@ def made(n: int = 30, metric: Any = "l2", *, plain: bool = False) -> TurboQuantI
     index = TurboQuantIndex(12, 2.5, metric, seed=3)
     index.add(rows(n), ids=None if plain else np.arange(n)[::-1] * 3)
     return index
-
-
-def written_by_hand(header: dict[str, Any], tensors: dict[str, np.ndarray], version: str = "1") -> bytes:
-    """A file by the specification alone."""
-    names = {"<i8": "I64", "<f4": "F32", "<f2": "F16", "|u1": "U8", "<f8": "F64", "<i4": "I32"}
-    text = json.dumps(header, sort_keys=True)
-    digest, container, data = hashlib.sha256(text.encode()), {}, b""
-    for name, tensor in tensors.items():
-        dtype, shape = names[tensor.dtype.str], list(tensor.shape)
-        digest.update(f"{name} {dtype} {json.dumps(shape, separators=(',', ':'))}".encode() + tensor.tobytes())
-        container[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + tensor.nbytes]}
-        data += tensor.tobytes()
-    metadata = {"format": "tqsearch-index", "version": version, "header": text, "sha256": digest.hexdigest()}
-    whole = json.dumps({"__metadata__": metadata, **container}, separators=(",", ":")).encode()
-    whole += b" " * (-len(whole) % 8)
-    return struct.pack("<Q", len(whole)) + whole + data
 
 
 class TestGolden:
@@ -96,7 +78,7 @@ class TestSpecification:
         index = made(n, metric, plain=plain)
         index.save(tmp_path / "index")
         content = parse((tmp_path / "index").read_bytes())
-        (tmp_path / "by hand").write_bytes(written_by_hand(content.header, content.tensors))
+        (tmp_path / "by hand").write_bytes(put_together(content.header, content.tensors, "1"))
         assert (tmp_path / "by hand").read_bytes() != (tmp_path / "index").read_bytes()
         loaded = TurboQuantIndex.load(tmp_path / "by hand")
         loaded.save(tmp_path / "again")
@@ -179,11 +161,11 @@ class TestForged:
         assert good.header["next_id"] == 88
         header = changed(good.header, **FORGED_HEADERS[case])
         tensors = {} if header.get("count") == 0 else good.tensors
-        self.refused(tmp_path, written_by_hand(header, tensors))
+        self.refused(tmp_path, put_together(header, tensors, "1"))
 
     def test_header_is_no_object(self, tmp_path: Path) -> None:
         for header in ([], 3, "x", None):
-            self.refused(tmp_path, written_by_hand(header, {}))  # type: ignore[arg-type]
+            self.refused(tmp_path, put_together(header, {}, "1"))  # type: ignore[arg-type]
 
     def test_tensors(self, tmp_path: Path, good: Any) -> None:
         t = good.tensors
@@ -206,20 +188,20 @@ class TestForged:
             {"ids": None, "bias": None, "centre": np.zeros(12, "<f4"), "scales": None, "packed": None},
         ]
         for change in changes:
-            self.refused(tmp_path, written_by_hand(good.header, changed(t, **change)))
-        (tmp_path / "good").write_bytes(written_by_hand(good.header, t))
+            self.refused(tmp_path, put_together(good.header, changed(t, **change), "1"))
+        (tmp_path / "good").write_bytes(put_together(good.header, t, "1"))
         assert len(TurboQuantIndex.load(tmp_path / "good")) == 30
 
     @pytest.mark.parametrize("version", ["4", "10", "999999999"])
     def test_newer_version(self, tmp_path: Path, good: Any, version: str) -> None:
         """Of a later version nothing is understood, not even whether its header is well formed."""
         for header in (good.header, {"new": "header"}):
-            content = written_by_hand(header, good.tensors, version)
+            content = put_together(header, good.tensors, version)
             self.refused(tmp_path, content, NewerFormatError, f"version {version}, .* up to 3; upgrade tqsearch")
 
     @pytest.mark.parametrize("version", ["", "0", "-1", "1.0", "x", " 1", "²", "9" * 5000])
     def test_no_version(self, tmp_path: Path, good: Any, version: str) -> None:
-        self.refused(tmp_path, written_by_hand(good.header, good.tensors, version), CorruptFileError, "version")
+        self.refused(tmp_path, put_together(good.header, good.tensors, version), CorruptFileError, "version")
 
     def test_a_wrong_backend_is_the_callers_fault(self) -> None:
         with pytest.raises(ValueError, match="backend must be one of"):

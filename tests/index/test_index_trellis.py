@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import trellis_oracle
+from container import put_together
 from index_oracle import check_top_k
-from test_format import written_by_hand
 from trellis_index_oracle import TrellisContent, parse_trellis
 
 from tqsearch import blocks
@@ -169,10 +169,10 @@ def test_forged_files_are_refused(tmp_path: Path, case: str) -> None:
     content = parse_trellis((tmp_path / "good").read_bytes())
     change, version = FORGED[case]
     header = {key: value for key, value in {**content.header, **change}.items() if value is not None}
-    (tmp_path / "forged").write_bytes(written_by_hand(header, content.tensors, version))
+    (tmp_path / "forged").write_bytes(put_together(header, content.tensors, version))
     with pytest.raises(CorruptFileError, match="forged"):
         TurboQuantIndex.load(tmp_path / "forged")
-    (tmp_path / "forged").write_bytes(written_by_hand(content.header, content.tensors, "3"))
+    (tmp_path / "forged").write_bytes(put_together(content.header, content.tensors, "3"))
     assert len(TurboQuantIndex.load(tmp_path / "forged")) == 5
 
 

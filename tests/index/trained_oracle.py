@@ -3,13 +3,11 @@
 Like `index_oracle`, whose levels, bytes and top k it uses, this imports nothing of tqsearch.
 """
 
-import hashlib
-import json
-import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from container import kinds, take_apart
 from index_oracle import EPS, Pairs, distortion, levels, unit_rows, unpack
 
 
@@ -112,36 +110,20 @@ class Trained:
 
 def parse_trained(content: bytes) -> Trained:
     """Takes a file of version 2 apart, and checks every statement of its specification."""
-    (length,) = struct.unpack("<Q", content[:8])
-    container, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    metadata = container.pop("__metadata__")
-    assert metadata["version"] == "2"
-    header = json.loads(metadata["header"])
-    names = ["count", "dim", "keeps_product", "learnt_plan", "metric", "next_id", "plan", "rotation", "seed"]
-    assert list(header) == names
-    digest = hashlib.sha256(metadata["header"].encode())
-    types = {"I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "u1"}
-    tensors, end = {}, 0
-    for name, entry in container.items():
-        first, last = entry["data_offsets"]
-        assert first == end
-        end = last
-        shape = json.dumps(entry["shape"], separators=(",", ":"))
-        digest.update(f"{name} {entry['dtype']} {shape}".encode() + data[first:last])
-        tensors[name] = np.frombuffer(data[first:last], types[entry["dtype"]]).reshape(entry["shape"])
-    assert end == len(data)
-    assert digest.hexdigest() == metadata["sha256"]
+    version, header, tensors = take_apart(content)
+    assert version == "2"
+    names = {"count", "dim", "keeps_product", "learnt_plan", "metric", "next_id", "plan", "rotation", "seed"}
+    assert header.keys() == names
     plan, count, dim = header["learnt_plan"], header["count"], header["dim"]
     assert sum(size for size, _ in plan) == dim
     coded = sum(size for size, width in plan if width)
     row_bytes = sum(-(-size * plane // 8) for size, width in plan for plane in (8, 4, 2, 1) if width & plane)
-    wanted = {"centre": ("<f4", (dim,)), "axes": ("<f4", (coded, dim)), "deviations": ("<f4", (dim,))}
+    wanted = [("centre", "F32", (dim,)), ("axes", "F32", (coded, dim)), ("deviations", "F32", (dim,))]
     if "ids" in tensors:
-        wanted = {"ids": ("<i8", (count,)), **wanted}
+        wanted.insert(0, ("ids", "I64", (count,)))
     if count and (header["metric"] == "l2" or header["keeps_product"]):
-        wanted["bias"] = ("<f2", (count,))
+        wanted.append(("bias", "F16", (count,)))
     if count:
-        wanted |= {"scales": ("<f2", (count,)), "packed": ("|u1", (count, row_bytes))}
-    assert {name: (tensor.dtype.str, tensor.shape) for name, tensor in tensors.items()} == wanted
-    assert list(tensors) == list(wanted)
+        wanted += [("scales", "F16", (count,)), ("packed", "U8", (count, row_bytes))]
+    assert kinds(tensors) == wanted
     return Trained(header, tensors)

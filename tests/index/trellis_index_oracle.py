@@ -3,14 +3,12 @@
 Like `index_oracle`, whose rotation and top k it uses, this imports nothing of tqsearch.
 """
 
-import hashlib
-import json
-import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import trellis_oracle
+from container import kinds, take_apart
 from index_oracle import rotation, similarity, unit_rows
 
 # What `trellis` says of the error of a coordinate.
@@ -96,42 +94,27 @@ class TrellisContent:
 
 def parse_trellis(content: bytes) -> TrellisContent:
     """Takes a file of version 3 apart, and checks every statement of its specification."""
-    (length,) = struct.unpack("<Q", content[:8])
-    container, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    metadata = container.pop("__metadata__")
-    assert metadata["version"] == "3"
-    header = json.loads(metadata["header"])
+    version, header, tensors = take_apart(content)
+    assert version == "3"
     assert header["codec"] == "trellis"
     more = {"learnt_plan", "keeps_product"} & header.keys()
-    assert list(header) == sorted({"codec", "count", "dim", "metric", "next_id", "plan", "rotation", "seed"} | more)
-    digest = hashlib.sha256(metadata["header"].encode())
-    types = {"I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "u1"}
-    tensors, end = {}, 0
-    for name, entry in container.items():
-        first, last = entry["data_offsets"]
-        assert first == end
-        end = last
-        shape = json.dumps(entry["shape"], separators=(",", ":"))
-        digest.update(f"{name} {entry['dtype']} {shape}".encode() + data[first:last])
-        tensors[name] = np.frombuffer(data[first:last], types[entry["dtype"]]).reshape(entry["shape"])
-    assert end == len(data)
-    assert digest.hexdigest() == metadata["sha256"]
+    assert len(more) in (0, 2)
+    assert header.keys() == {"codec", "count", "dim", "metric", "next_id", "plan", "rotation", "seed"} | more
     found = TrellisContent(header, tensors)
     count, dim = header["count"], header["dim"]
     assert sum(size for size, _ in found.plan) == dim
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
-    if "ids" in tensors:
-        wanted["ids"] = ("<i8", (count,))
-    if "centre" in tensors or more:
-        wanted["centre"] = ("<f4", (dim,))
-    if more:
-        assert len(more) == 2
-        wanted |= {"axes": ("<f4", (int(found.kept.sum()), dim)), "deviations": ("<f4", (dim,))}
     half = bool(more) or (header["metric"] == "cosine" and found.kept.all())
-    if header["metric"] == "l2" or header.get("keeps_product", "centre" in tensors):
-        wanted["bias"] = ("<f2" if more or header["metric"] == "cosine" else "<f4", (count,))
-    wanted["scales"] = ("<f2" if half else "<f4", (count,))
-    wanted["packed"] = ("|u1", (count, trellis_oracle.row_bytes(found.on_path)))
-    assert {name: (tensor.dtype.str, tensor.shape) for name, tensor in tensors.items()} == wanted
-    assert list(tensors) == list(wanted)
+    wanted: list[tuple[str, str, tuple[int, ...]]] = []
+    if "ids" in tensors:
+        wanted.append(("ids", "I64", (count,)))
+    if "centre" in tensors or more:
+        wanted.append(("centre", "F32", (dim,)))
+    if more:
+        wanted += [("axes", "F32", (int(found.kept.sum()), dim)), ("deviations", "F32", (dim,))]
+    if count and (header["metric"] == "l2" or header.get("keeps_product", "centre" in tensors)):
+        wanted.append(("bias", "F16" if more or header["metric"] == "cosine" else "F32", (count,)))
+    if count:
+        wanted.append(("scales", "F16" if half else "F32", (count,)))
+        wanted.append(("packed", "U8", (count, trellis_oracle.row_bytes(found.on_path))))
+    assert kinds(tensors) == wanted
     return found

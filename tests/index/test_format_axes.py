@@ -1,0 +1,80 @@
+"""The file of an index of learnt axes: by hand, forged, and frozen."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from container import put_together
+from golden_recipes import FOLDER
+from index_oracle import check_top_k
+from learnt_rows import rows
+from trained_oracle import Trained, parse_trained
+
+from tqsearch.errors import CorruptFileError
+from tqsearch.index import TurboQuantIndex
+
+
+def test_a_file_written_by_hand_is_the_index(tmp_path: Path) -> None:
+    content = parse_trained((FOLDER / "axes-l2.tqindex").read_bytes())
+    (tmp_path / "by hand").write_bytes(put_together(content.header, content.tensors, "2"))
+    TurboQuantIndex.load(tmp_path / "by hand").save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (FOLDER / "axes-l2.tqindex").read_bytes()
+
+
+FORGED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "version 1": ({}, {}, "1"),
+    "no learnt plan": ({"learnt_plan": None}, {}, "2"),
+    "nothing of version 2": ({"learnt_plan": None, "keeps_product": None}, {}, "2"),
+    "keeps_product is a number": ({"keeps_product": 1}, {}, "2"),
+    "a wrong bias": ({"keeps_product": True, "metric": "ip"}, {"bias": None}, "2"),
+    "a plan of other bytes": ({"learnt_plan": [[8, 3], [8, 2]]}, {}, "2"),
+    "a plan of other axes": ({"learnt_plan": [[8, 6], [8, 0]]}, {}, "2"),
+    "a plan of another dim": ({"learnt_plan": [[8, 4], [8, 2], [8, 0]]}, {}, "2"),
+    "no axes": ({}, {"axes": None}, "2"),
+    "no centre": ({}, {"centre": None}, "2"),
+    "axes of another dtype": ({}, {"axes": np.float64}, "2"),
+    "an axis less": ({}, {"axes": "shorter"}, "2"),
+    "deviations of zero": ({}, {"deviations": "zero"}, "2"),
+    "scales of version 1": ({}, {"scales": np.float32}, "2"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_files_are_refused(tmp_path: Path, case: str) -> None:
+    content = parse_trained((FOLDER / "axes-l2.tqindex").read_bytes())
+    header, changes, version = FORGED[case]
+    tensors = dict(content.tensors)
+    for name, change in changes.items():
+        tensor = tensors.pop(name)
+        if change is not None:
+            changed = {"shorter": tensor[:-1], "zero": 0 * tensor}.get(change) if isinstance(change, str) else None
+            tensors[name] = tensor.astype(change) if changed is None else changed
+    order = [name for name in content.tensors if name in tensors]
+    forged = {key: value for key, value in {**content.header, **header}.items() if value is not None}
+    (tmp_path / "forged").write_bytes(put_together(forged, {name: tensors[name] for name in order}, version))
+    with pytest.raises(CorruptFileError, match="forged"):
+        TurboQuantIndex.load(tmp_path / "forged")
+
+
+@pytest.mark.parametrize("name", ["axes-l2", "axes-cosine"])
+def test_golden_files_load_for_ever(tmp_path: Path, name: str) -> None:
+    """Their axes came from a library's eigenvectors, so they are not made again; what is added to them is."""
+    path = FOLDER / f"{name}.tqindex"
+    content: Trained = parse_trained(path.read_bytes())
+    index = TurboQuantIndex.load(path)
+    assert index.learnt == "axes"
+    assert index.plan.pairs() == [tuple(pair) for pair in content.header["learnt_plan"]]
+    queries = rows(9, 2, 16)
+    for k in (1, 7):
+        got: Any = index.search(queries, k)
+        check_top_k(got, *content.similarity(queries), content.ids, k, index.metric)
+    index.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    index.remove(content.ids.tolist())
+    i, j = np.mgrid[:20, :16]
+    index.add(((i * i * 37 + j * 101 + i * j * 13) % 61 - 30).astype(np.float32) / 8)
+    index.save(tmp_path / "again")
+    added = parse_trained((tmp_path / "again").read_bytes())
+    for column in ("packed", "scales"):
+        np.testing.assert_array_equal(added.tensors[column], content.tensors[column])
