@@ -11,7 +11,7 @@ from trellis_oracle import Pairs
 from tqsearch import BitPlan, TurboQuantIndex, TurboQuantizer
 from tqsearch.errors import BackendError, InvalidInputError
 
-MIXED = [(5, 4), (20, 2), (7, 0), (3, 8), (29, 1)]
+MIXED = [(5, 4), (20, 2), (7, 0), (3, 8), (7, 6), (22, 1)]
 ALIGNED = [(16, 4), (8, 0), (24, 3), (8, 2), (13, 1)]
 PLANS: list[list[tuple[int, int]]] = [[(64, 1)], [(64, 2)], [(64, 3)], [(64, 4)], [(9, 3)], MIXED, ALIGNED]
 
@@ -37,7 +37,21 @@ def test_it_says_the_bytes_of_its_own_codes(size, bits):
 def split(pairs) -> tuple[Pairs, np.ndarray]:
     """The bands along the path, and the width of every coordinate."""
     widths = np.repeat([bits for _, bits in pairs], [size for size, _ in pairs])
-    return [(size, bits) for size, bits in pairs if bits not in (0, 8)], widths
+    return [(size, bits) for size, bits in pairs if bits not in (0, 6, 8)], widths
+
+
+def scalar_codes(row, pairs):
+    """The codes of a row's bands of 6 and 8 bits, plane by plane as `packing` says, the low bits first."""
+    codes, byte = [], 0
+    for size, bits in ((size, bits) for size, bits in pairs if bits in (6, 8)):
+        band = [0] * size
+        for plane, shift in ((8, 0),) if bits == 8 else ((4, 0), (2, 4)):
+            for i in range(size):
+                place = i * plane
+                band[i] |= (row[byte + place // 8] >> place % 8 & 2**plane - 1) << shift
+            byte += math.ceil(size * plane / 8)
+        codes += band
+    return np.array(codes)
 
 
 def levels_of(oracle, packed, pairs):
@@ -45,10 +59,12 @@ def levels_of(oracle, packed, pairs):
     on_path, widths = split(pairs)
     cut, dim = trellis_oracle.row_bytes(on_path), len(widths)
     levels = np.zeros((len(packed), dim))
-    path = (widths > 0) & (widths < 8)
+    path, beside = (widths > 0) & (widths < 6), widths >= 6
     levels[:, path] = [trellis_oracle.levels_of(trellis_oracle.unpack(row[:cut], on_path), on_path) for row in packed]
-    if (widths == 8).any():
-        levels[:, widths == 8] = oracle.lloyd(8, dim)[0][np.array([list(row[cut:]) for row in packed])]
+    tables = [oracle.lloyd(int(bits), dim)[0] for bits in widths[beside]]
+    for row, part in zip(packed, levels, strict=True):
+        codes = scalar_codes(row[cut:], pairs)
+        part[beside] = [table[code] for table, code in zip(tables, codes, strict=True)]
     return levels
 
 
@@ -63,12 +79,12 @@ def test_codes_scales_and_decoding_equal_the_definition(oracle, rng, pairs):
     assert quantizer.bytes_per_vector == len(packed[0]) + 4
     unit, levels = oracle.unit(x, seed), levels_of(oracle, packed, pairs)
 
-    path = (widths > 0) & (widths < 8)
+    path = (widths > 0) & (widths < 6)
     errors = ((unit - levels) ** 2)[:, path].sum(axis=1)
     least = np.array([trellis_oracle.least_error(row, on_path) for row in unit[:, path]])
     np.testing.assert_allclose(errors, least, rtol=1e-4)
-    if (widths == 8).any():
-        wide, table = (widths == 8), oracle.lloyd(8, dim)[0]
+    for bits in (6, 8):
+        wide, table = (widths == bits), oracle.lloyd(bits, dim)[0]
         nearest = np.abs(unit[:, wide, None] - table).min(axis=2)
         np.testing.assert_allclose(np.abs(unit - levels)[:, wide], nearest, atol=oracle.rounding(dim))
 

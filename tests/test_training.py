@@ -13,10 +13,10 @@ from tqsearch.plan import BitPlan
 from tqsearch.training import spectrum
 from tqsearch.training.allocation import allocate
 from tqsearch.training.basis import Basis
-from tqsearch.training.learn import Learnt, learn
+from tqsearch.training.learn import Learnt, learn, spectrum_of
 from tqsearch.training.spectrum import principal_axes
 
-WIDTHS = (0, 1, 2, 3, 4, 8)
+WIDTHS = (0, 1, 2, 3, 4, 6, 8)
 
 
 def distortion_of(width: int) -> float:
@@ -70,11 +70,13 @@ def test_widths_descend_with_the_weights_and_fill_aligned_blocks() -> None:
     assert len({width for _, width in plan.pairs()}) == len(plan.pairs())
 
 
-def test_the_step_from_4_to_8_bits_is_not_taken_greedily() -> None:
-    """Two blocks, eight bytes: one gets them all below a ratio of weights that is computed here, else both share."""
+def test_steps_of_two_bytes_are_not_taken_greedily() -> None:
+    """Two blocks, eight bytes: one gets all, three quarters or half of them, by ratios of weights computed here."""
     d = DISTORTION
-    even = (d[4] - d[8]) / (d[0] - d[4])  # w2 / w1 at which (8, 0) and (4, 4) cost the same
-    for ratio, wanted in ((0.9 * even, [(8, 8), (8, 0)]), (1.1 * even, [(16, 4)])):
+    least = (d[6] - d[8]) / (d[0] - d[2])  # w2 / w1 at which (8, 0) and (6, 2) cost the same
+    most = (d[4] - d[6]) / (d[2] - d[4])  # and (6, 2) and (4, 4)
+    shares = ((0.9 * least, [(8, 8), (8, 0)]), (1.1 * least, [(8, 6), (8, 2)]), (0.9 * most, [(8, 6), (8, 2)]))
+    for ratio, wanted in (*shares, (1.1 * most, [(16, 4)])):
         assert allocate(np.repeat([1.0, ratio], 8), 8).pairs() == wanted
 
 
@@ -156,11 +158,13 @@ def test_randomized_axes_find_what_the_exact_ones_do(monkeypatch: pytest.MonkeyP
 # The whole
 
 
-def learnt(rows: np.ndarray, metric: str = "l2", nbytes: int | None = None, queries: Any = None) -> Learnt | None:
+def learnt(
+    rows: np.ndarray, metric: str = "l2", nbytes: int | None = None, queries: Any = None, power: float = 0.5
+) -> Learnt | None:
     budget = rows.shape[1] // 4 if nbytes is None else nbytes
-    sample = torch.from_numpy(rows.astype(np.float32))
+    spectrum = spectrum_of(torch.from_numpy(rows.astype(np.float32)), 0)
     asked = None if queries is None else torch.from_numpy(queries.astype(np.float32))
-    return learn(sample, asked, metric, lambda keeps: budget - 2 * keeps, 0)
+    return None if spectrum is None else learn(spectrum, asked, metric, lambda keeps: budget - 2 * keeps, power=power)
 
 
 def test_constant_and_duplicate_columns_cost_nothing() -> None:
@@ -188,6 +192,24 @@ def test_queries_move_the_bits() -> None:
         energy = (found.basis.axes.numpy()[:, 48:] ** 2).sum(1)
         widest = energy[widths[widths > 0] == widths.max()]
         assert widest.min() > 0.9 if inside else widest.max() < 0.1
+
+
+@pytest.mark.parametrize("power", [0.5, 0.75, 1.0])
+@pytest.mark.parametrize("asked", [None, 1, 300])
+def test_widths_follow_the_moments_of_the_queries(power: float, asked: int | None) -> None:
+    """The plan is that of weights made in numpy: few queries count little beside 32 that are like the sample."""
+    rows = centred(3000, 64)
+    turn = np.linalg.eigh(rows.T @ rows / len(rows))[1][:, ::-1]
+    queries = np.random.default_rng(3).standard_normal((asked or 1, 64)) * np.linspace(0.1, 3, 64) @ turn.T
+    found = learnt(rows, nbytes=16, queries=None if asked is None else queries, power=power)
+    assert found is not None
+    variances = np.linalg.eigvalsh(shrunk_by_the_book(rows.astype(np.float32)))[::-1]
+    moments = variances
+    if asked is not None:
+        given = np.square((queries - found.centre.numpy()) @ turn).mean(0)
+        moments = (asked * given + 32 * variances * given.mean() / variances.mean()) / (asked + 32)
+    weights = variances * (moments / moments.mean()) ** power
+    assert found.basis.plan.pairs() == allocate(np.sort(weights)[::-1].copy(), 16).pairs()
 
 
 @pytest.mark.parametrize(("offset", "keeps"), [(0.0, False), (30.0, True)])

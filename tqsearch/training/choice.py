@@ -1,4 +1,15 @@
-"""Whether learnt axes pay: measured on rows of the sample that were not learnt from."""
+"""What to learn: axes or the centre alone, and how much the queries' moments count for the widths.
+
+A candidate codes rows, and its scores are compared with the exact ones where rankings are decided: for each query among
+the rows nearest to it. The measure is the squared error of the scores after their mean error is taken off, which
+reorders nothing, over the variance of the exact scores, averaged over the queries. Recall follows it closely: decision
+008 has both side by side.
+
+1. Axes or the centre: learnt from three quarters of the sample, judged on the fourth.
+2. The power of the moments (see `learn`). Where queries are given, the least error of their scores with the rows of the
+   sample decides. Where they are not, rows held out stand in for them, which may be of another kind: the power is then
+   0.5, unless another has less than `_CLEARLY` times its error.
+"""
 
 from __future__ import annotations
 
@@ -11,45 +22,57 @@ from torch import Tensor
 from tqsearch import kernels
 from tqsearch.estimator import Estimator
 from tqsearch.training.basis import Basis
-from tqsearch.training.learn import Learnt, centre_of, learn
+from tqsearch.training.learn import Spectrum, centre_of, learn, spectrum_of
 
-_MOST_ROWS = 1024  # of those held out, that are coded
+POWERS = (0.5, 0.75, 1.0)
+_CLEARLY = 0.8
+_MOST_ROWS = 1 << 14  # among which the nearest are looked for,
+_MOST_NUMBERS = 1 << 24  # and the most numbers of these
 _MOST_QUERIES = 256
+_NEAR_HELD_OUT = 10
+_NEAR = 30
 
 Make = Callable[[Tensor, Basis | None, bool], Estimator]
 
 
 def chosen(sample: Tensor, queries: Tensor | None, untrained: Estimator, make: Make) -> Estimator:
-    """The better of the centre alone and learnt axes.
-
-    Both are learnt from one half of the sample and code rows of the other; the mean squared error of their scores
-    against the exact ones decides. The winner is then learnt from the whole sample.
+    """The centre alone or learnt axes; see the module's docstring.
 
     Args:
         sample: (n, dim) float32, unit rows for "cosine".
-        queries: (m, dim), likewise, or None: rows held out are then asked for one another.
+        queries: (m, dim), likewise, or None.
         untrained: the index's estimator before training.
         make: an estimator of a centre, a basis, and whether <c, z> is kept.
     """
+    quantizer, metric = untrained.quantizer, untrained.metric
 
-    def learnt_from(rows: Tensor) -> Learnt | None:
-        quantizer = untrained.quantizer
-        return learn(
-            rows, queries, untrained.metric, lambda keeps: _budget(untrained, keeps), quantizer.seed, quantizer.codec
-        )
+    def with_axes(spectrum: Spectrum | None, power: float) -> Estimator | None:
+        if spectrum is None:
+            return None
+        learnt = learn(spectrum, queries, metric, lambda keeps: _budget(untrained, keeps), quantizer.codec, power)
+        return None if learnt is None else make(learnt.centre, learnt.basis, learnt.keeps_product)
 
-    alone = make(centre_of(sample), None, True)
-    half = learnt_from(sample[::2])
-    if half is None:
-        return alone
-    held_out = sample[1::2][:_MOST_ROWS]
-    asked = sample[1::2][-_MOST_QUERIES:] if queries is None else queries[:_MOST_QUERIES]
-    with_axes = make(half.centre, half.basis, half.keeps_product)
-    if _error(with_axes, held_out, asked) >= _error(make(half.centre, None, True), held_out, asked):
-        return alone
-    whole = learnt_from(sample)
-    assert whole is not None  # it has the rows of its half
-    return make(whole.centre, whole.basis, whole.keeps_product)
+    held_out = torch.arange(len(sample), device=sample.device) % 4 == 3
+    part = spectrum_of(sample[~held_out], quantizer.seed)
+    found = {power: with_axes(part, power) for power in POWERS}
+    first = found[POWERS[0]]
+    if part is None or first is None:
+        return make(centre_of(sample), None, True)
+    rows = sample[held_out]
+    asking = min(_MOST_QUERIES, len(rows) // 4)
+    asked, rows = (rows[:asking], rows[asking:]) if queries is None else (queries[:_MOST_QUERIES], rows)
+    judge = _Judge(rows, asked, metric, _NEAR_HELD_OUT)
+    if judge.error(first) >= judge.error(make(part.centre, None, True)):
+        return make(centre_of(sample), None, True)
+    if queries is not None:
+        judge = _Judge(sample, asked, metric, _NEAR)
+    errors = {power: judge.error(estimator) for power, estimator in found.items() if estimator is not None}
+    best = min(errors, key=lambda power: errors[power])
+    if queries is None and errors[best] >= _CLEARLY * errors[POWERS[0]]:
+        best = POWERS[0]
+    whole = with_axes(spectrum_of(sample, quantizer.seed), best)
+    assert whole is not None  # it has the rows of its part
+    return whole
 
 
 def _budget(untrained: Estimator, keeps_product: bool) -> int:
@@ -58,25 +81,37 @@ def _budget(untrained: Estimator, keeps_product: bool) -> int:
     return untrained.bytes_per_vector - kept
 
 
-def _error(estimator: Estimator, rows: Tensor, queries: Tensor) -> float:
-    """The mean squared error of scores, after the mean error of each query, which reorders nothing, is taken off."""
-    columns = estimator.encode(rows)
-    scanned = estimator.scanned(queries)
-    quantizer = estimator.quantizer
-    levels = _levels(estimator, columns["packed"])
-    scores = (scanned.queries.double() @ levels.t()) * columns["scales"].double()
-    if "bias" in columns:
-        scores = scores + columns["bias"].double()
-    centre = torch.zeros(quantizer.dim) if quantizer.centre is None else quantizer.centre
-    z, q = rows.double() - centre.to(rows.device), queries.double()
-    if estimator.metric == "l2":
-        exact = 2.0 * (q - centre.to(rows.device)) @ z.t() - z.square().sum(dim=1)
-    else:
-        exact = q @ z.t()
-    errors = scores * estimator.unit - exact
-    errors = errors - errors.mean(dim=1, keepdim=True)
-    found = float(errors.square().mean())
-    return found if math.isfinite(found) else math.inf
+class _Judge:
+    """The exact scores of queries with the rows nearest to them, and the error of an estimator's."""
+
+    def __init__(self, rows: Tensor, queries: Tensor, metric: str, near_rows: int) -> None:
+        rows, self._queries = rows[: min(_MOST_ROWS, _MOST_NUMBERS // rows.shape[1])], queries
+        exact = _exact(rows.double(), queries.double(), metric)
+        near = exact.topk(min(near_rows, len(rows)), dim=1).indices
+        used, places = torch.unique(near, return_inverse=True)
+        self._rows, self._near = rows[used], places
+        exact = exact.gather(1, near)
+        self._exact = exact - exact.mean(dim=1, keepdim=True)
+
+    def error(self, estimator: Estimator) -> float:
+        """The module docstring's measure; infinite if a score is not finite, or no query tells its rows apart."""
+        columns = estimator.encode(self._rows)
+        scanned = estimator.scanned(self._queries)
+        scores = (scanned.queries.double() @ _levels(estimator, columns["packed"]).t()) * columns["scales"].double()
+        if "bias" in columns:
+            scores = scores + columns["bias"].double()
+        errors = (scores * estimator.unit).gather(1, self._near)
+        errors = errors - errors.mean(dim=1, keepdim=True) - self._exact
+        spread = self._exact.square().sum(dim=1)
+        told = spread > 0
+        found = float((errors.square().sum(dim=1)[told] / spread[told]).mean())
+        return found if math.isfinite(found) else math.inf
+
+
+def _exact(rows: Tensor, queries: Tensor, metric: str) -> Tensor:
+    """Scores, the larger the nearer, (q, n), up to a constant for each query."""
+    products = queries @ rows.t()
+    return 2.0 * products - rows.square().sum(dim=1) if metric == "l2" else products
 
 
 def _levels(estimator: Estimator, packed: Tensor) -> Tensor:
