@@ -46,8 +46,8 @@ dimension m; the bands of width 0 are left out.
 
 Version 3 has trellis codes. The header has the entry `codec`, "trellis", and those of version 2 if axes were learnt, in
 which case version 2's tensors hold. A row of `packed` is the codes of the bands of 1 to 4 bits, by `trellis`: its taps,
-its levels, its `pack`; then those of the bands of 8 bits as before. What is coded is the same: the rotated coordinates,
-scaled to squared norm `dim`, or those of learnt axes as in version 2. Other widths than 0 to 4 and 8 there are none.
+its levels, its `pack`; then those of the bands of 6 and 8 bits as before. What is coded is the same: the rotated
+coordinates, scaled to squared norm `dim`, or those of learnt axes as in version 2. Widths are 0 to 4, 6 and 8.
 
 `write` writes a temporary file in the same folder, syncs it, renames it over the target and syncs the folder.
 """

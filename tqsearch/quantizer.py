@@ -75,7 +75,7 @@ class TurboQuantizer:
     The levels are the Lloyd-Max levels of the exact law of a coordinate in dimension `dim`. With codec "trellis" a
     coordinate chooses among several times as many, by a code that runs along the row (`trellis`): a quarter to two
     fifths less squared error at the same bytes, but from 16 coordinates on. A CPU core then encodes 0.9 million
-    coordinates a second. Bands of 0 and of 8 bits are the same with either codec.
+    coordinates a second. Bands of 0, 6 and 8 bits are the same with either codec.
 
     Args:
         dim: 1 to 8192.
