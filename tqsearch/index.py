@@ -177,8 +177,8 @@ class TurboQuantIndex:
 
         What is coded is then z = x - c, c the sample's mean, in the sample's principal axes, with more bits for the
         axes that matter more to scores: see `tqsearch.training`. A vector costs not more bytes than untrained. The axes
-        are kept once, 4 bytes a number, at most dim^2 numbers. A quarter of the sample is held out first: where axes would
-        estimate its scores worse than the centre alone, or with fewer than some 90 rows, only the centre is learnt.
+        are kept once, 4 bytes a number, at most dim^2 numbers. A quarter of the sample is held out first: where axes
+        would estimate its scores worse than the centre alone, or with fewer than 90 rows, only the centre is learnt.
 
         With the centre alone z is rotated as without training, and for cosine and ip <c, z> is kept beside the code (2
         or 4 bytes more), so that only <q - c, z> is estimated: <q, x> = <q, c> + <c, z> + <q - c, z>.
