@@ -140,6 +140,12 @@ def make(name, dtype=torch.float32):
     return model.eval()
 
 
+def attention_of(model):
+    """The library's attention that computes all of the model: before 5.18 its "sdpa" left out Gemma's cap of logits."""
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    return "eager" if capped else model.config._attn_implementation
+
+
 def tokens(batch, length, seed=0):
     """Random token ids (batch, length), none of them padding."""
     generator = torch.Generator().manual_seed(seed)

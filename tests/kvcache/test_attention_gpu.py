@@ -30,8 +30,9 @@ def close(actual, expected):
 def test_logits(name, bits):
     """From the codes as from decoded states: left padding, a first prompt, single tokens, drafts, a long chunk."""
     model = families.make(name).cuda()
-    own = model.config._attn_implementation
+    own = families.attention_of(model)
     widths = {"key_bits": bits[0], "value_bits": bits[0] if name in NO_CODES else bits[1]}
+    model.set_attn_implementation(own)
     plain = cache_of(model, **widths)
     model.set_attn_implementation(plug.NAME)
     fused = cache_of(model, **widths)

@@ -52,7 +52,7 @@ def close(actual, expected, tolerance=1e-4):
 def test_logits(name, bits, counted):
     """Left padding, a first prompt, single tokens, drafts of five and a chunk too long for the kernel."""
     model = families.make(name)
-    own = model.config._attn_implementation
+    own = families.attention_of(model)
     fused, plain = caches(model, key_bits=bits[0], value_bits=bits[1] if name not in NO_CODES else bits[0])
     ids = families.tokens(2, sum(STEPS))
     mask = torch.ones_like(ids)
@@ -75,7 +75,7 @@ def test_logits(name, bits, counted):
 @torch.no_grad()
 def test_without_padding_the_mask_is_none(counted):
     model = families.make("llama")
-    own = model.config._attn_implementation
+    own = families.attention_of(model)
     fused, plain = caches(model)
     ids = families.tokens(1, 80)
     model.set_attn_implementation("turboquant")
@@ -92,7 +92,7 @@ def test_without_padding_the_mask_is_none(counted):
 def test_generation(name, counted):
     """Greedy tokens are those of the decoded states, with beams too."""
     model = families.make(name)
-    own = model.config._attn_implementation
+    own = families.attention_of(model)
     for beams in (1, 3):
         found = []
         for cache, implementation in zip(caches(model, bits=8), ("turboquant", own), strict=True):
@@ -108,7 +108,7 @@ def test_generation(name, counted):
 def test_cross_attention_stays_exact(counted):
     """BART: the decoder's own attention reads codes, cross-attention its dense states."""
     model = families.make("bart")
-    own = model.config._attn_implementation
+    own = families.attention_of(model)
     source, target = families.tokens(2, 9, seed=1), families.tokens(2, 90)
     ends = []
     for cache, implementation in zip(caches(model), ("turboquant", own), strict=True):
@@ -179,7 +179,7 @@ def test_what_the_kernel_lacks_is_decoded_and_said_once(hindrance, counted, monk
 def test_gradients_are_of_decoded_states(counted, monkeypatch):
     """A loss through the current token has the gradient that decoded states give."""
     model = families.make("llama")
-    own = model.config._attn_implementation
+    own = families.attention_of(model)
     ids = families.tokens(1, 80)
     gradients = []
     for cache, implementation in zip(caches(model), ("turboquant", own), strict=True):
