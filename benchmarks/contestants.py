@@ -113,11 +113,6 @@ def turboquant_size(dim: int, bits: float, metric: str) -> int:
     return int(TurboQuantIndex(dim, bits=bits, metric=metric).bytes_per_vector)  # type: ignore[arg-type]
 
 
-def turboquant(**options: Any) -> Callable[[Problem, float], Engine]:
-    """Builds this package's index with options of `TurboQuantEngine`."""
-    return lambda problem, bits: TurboQuantEngine(problem.dim, bits, problem.metric, problem.seed, **options)
-
-
 def build_pq(problem: Problem, code_bytes: int) -> Engine:
     return FaissEngine(faiss_pq(problem.dim, code_bytes, problem.metric, iterations=problem.pq_iterations))
 
@@ -157,6 +152,16 @@ def packed(dim: int, bits: float) -> int:
     return int(-(-dim * bits // 8))
 
 
+def ours(name: str, note: str = "", *, learn: str = "", codec: str = "scalar") -> Family:
+    """This package's index, with options of `TurboQuantEngine`; it runs at the widths of the budgets: see `plan`."""
+
+    def build(problem: Problem, bits: float) -> Engine:
+        return TurboQuantEngine(problem.dim, bits, problem.metric, problem.seed, learn=learn, codec=codec)
+
+    quick = codec == "scalar"
+    return Family(name, width_text, packed, build, choices=(), trained=bool(learn), quick=quick, note=note)
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -169,49 +174,20 @@ FAMILIES: dict[str, Family] = {
             nominal=(32,),
             note="FAISS IndexFlat on float32",
         ),
-        Family(
-            name="TurboQuant",
-            label=width_text,
-            size=packed,
-            build=turboquant(),
-            choices=(),  # the widths of the budgets: see `plan`
+        ours("TurboQuant"),
+        ours(
+            "TurboQuant centred",
+            'after `index.train(sample, learn="centre")`: the sample\'s mean is taken off, as RaBitQ and EDEN do',
+            learn="centre",
         ),
-        Family(
-            name="TurboQuant centred",
-            label=width_text,
-            size=packed,
-            build=turboquant(learn="centre"),
-            choices=(),
-            trained=True,
-            note='after `index.train(sample, learn="centre")`: the sample\'s mean is taken off, as RaBitQ and EDEN do',
+        ours(
+            "TurboQuant trained",
+            "after `index.train(sample)`: principal axes, and more bits for those that matter more",
+            learn="axes",
         ),
-        Family(
-            name="TurboQuant trained",
-            label=width_text,
-            size=packed,
-            build=turboquant(learn="axes"),
-            choices=(),
-            trained=True,
-            note="after `index.train(sample)`: principal axes, and more bits for those that matter more",
-        ),
-        Family(
-            name="TurboQuant trellis",
-            label=width_text,
-            size=packed,
-            build=turboquant(codec="trellis"),
-            choices=(),
-            quick=False,
-            note='codec="trellis": levels along a trellis',
-        ),
-        Family(
-            name="TurboQuant trained trellis",
-            label=width_text,
-            size=packed,
-            build=turboquant(learn="axes", codec="trellis"),
-            choices=(),
-            trained=True,
-            quick=False,
-            note='codec="trellis", after `index.train(sample)`',
+        ours("TurboQuant trellis", 'codec="trellis": levels along a trellis', codec="trellis"),
+        ours(
+            "TurboQuant trained trellis", 'codec="trellis", after `index.train(sample)`', learn="axes", codec="trellis"
         ),
         Family(
             name="FAISS PQ",
