@@ -4,15 +4,39 @@ import families
 import pytest
 import torch
 
+from tqsearch import TurboQuantizer
 from tqsearch.kvcache import TurboQuantCache, compress
 from tqsearch.kvcache import attention as plug
 from tqsearch.kvcache.layer import TurboQuantLayer
+from tqsearch.kvcache.outliers import key_codec
+from tqsearch.kvcache.store import value_codec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = (70, 1, 1, 5, 1, 30, 1, 1)
 NO_CODES = {"deepseek-v3"}  # latents are compressed, RoPE keys are not: there is no pair
 # What rounding queries and weights to 15 bits adds to a float32 model, by docs/attention.md; the layers enlarge it.
 TOLERANCE = 5e-3
+
+
+@pytest.fixture(autouse=True)
+def levels_on_the_grid(monkeypatch):
+    """Plain torch decodes to the kernels' levels, which lie on a grid of int8: what is left is their rounding."""
+    real, made = TurboQuantizer.tables, {}
+
+    def tables(self, device):
+        if (self, device) not in made:
+            made[self, device] = tuple(
+                band._replace(levels=(torch.tensor(band.steps, device=device) - band.offset) * band.step)
+                for band in real(self, device)
+            )
+        return made[self, device]
+
+    monkeypatch.setattr(TurboQuantizer, "tables", tables)
+    for codecs in (key_codec, value_codec):
+        codecs.cache_clear()
+    yield
+    for codecs in (key_codec, value_codec):
+        codecs.cache_clear()
 
 
 def cache_of(model, **options):
@@ -125,9 +149,6 @@ def test_blocks_that_have_not_changed_are_not_copied_back():
 @torch.no_grad()
 def test_blocks_encoded_in_one_launch_decode_as_those_of_many(dim, dtype):
     """The kernel's blocks against plain torch's: a code may differ where a coordinate lies on a boundary."""
-    from tqsearch.kvcache.outliers import key_codec
-    from tqsearch.kvcache.store import value_codec
-
     states = torch.randn((2, 3, 256, dim), generator=torch.Generator().manual_seed(1)).to(dtype).cuda() * 5
     for codec in (key_codec, value_codec):
         one, many = (codec(dim, 3, 128, 0, backend) for backend in ("triton", "reference"))

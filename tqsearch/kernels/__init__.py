@@ -284,9 +284,10 @@ def attention_backend(context: Context, backend: str, device: torch.device) -> s
 
 def _without_kernel(context: Context) -> str:
     """What keeps attention to a context from Triton; empty for nothing."""
-    widths = {band.width for side in (context.keys, context.values) for band in side.bands} - TRITON_WIDTHS
-    if widths:
-        return f"{min(widths)} bits"
+    for side in (context.keys, context.values):
+        for band in side.bands:
+            if band.width not in TRITON_WIDTHS:
+                return f"{band.width} bits"
     dim = max(len(context.keys.rotation), len(context.values.rotation))
     if dim > 256:
         return f"head dimension {dim}"

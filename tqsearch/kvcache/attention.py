@@ -94,14 +94,16 @@ def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Ten
     That is where nothing is compressed yet, only one of the two is, a codec is of another kind, or a gradient is asked
     for.
     """
-    if not keys.compressed_length or keys.compressed_length != values.compressed_length:
+    if keys.codec is None or values.codec is None or not keys.compressed_length:
         return None
-    if any(history.codec is not None and history.codec.quantizer.codec == "trellis" for history in (keys, values)):
+    if keys.compressed_length != values.compressed_length:
+        return None
+    if keys.codec.quantizer.codec == "trellis" or values.codec.quantizer.codec == "trellis":
         _warn("trellis codes")
         return None
     if type(keys.codec) is not KeyCodec or type(values.codec) is not ValueCodec:
         return None
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (keys.recent, values.recent)):
+    if (keys.recent.requires_grad or values.recent.requires_grad) and torch.is_grad_enabled():
         return None
     past = Past(keys, values, backend)
     return CompressedTensor.of(past, True), CompressedTensor.of(past, False)

@@ -107,17 +107,15 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """
         if self.past is None:
             self.lazy_initialization(key_states, value_states)
-        past = self._matching(key_states)
-        whole = tuple(
-            history.append(states, self.settings.sink_length)
-            for history, states in zip(past, (key_states, value_states), strict=True)
-        )
+        past, settings = self._matching(key_states), self.settings
+        keys = past[0].append(key_states, settings.sink_length)
+        values = past[1].append(value_states, settings.sink_length)
         # Nothing of this call is compressed yet, and without a past the states themselves are all there is.
-        returned = states_of(whole[0], whole[1], self.settings.backend) if self.settings.from_codes else None
+        returned = states_of(keys, values, settings.backend) if settings.from_codes else None
         if returned is None:
-            returned = (whole[0].decode(), whole[1].decode()) if len(past[0]) else (key_states, value_states)
-        residual, (keys, values) = self.settings.residual_length, (history.detached() for history in whole)
-        self.past = keys.compress(residual), values.compress(residual)
+            returned = (keys.decode(), values.decode()) if len(past[0]) else (key_states, value_states)
+        residual = settings.residual_length
+        self.past = keys.detached().compress(residual), values.detached().compress(residual)
         return returned
 
     def _matching(self, states: Tensor) -> tuple[History, History]:
