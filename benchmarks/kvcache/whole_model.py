@@ -38,7 +38,7 @@ from tqsearch.kvcache import TurboQuantCache
 CONTEXTS = (8192, 32768, 131072)
 BATCHES = (1, 8)
 BLOCK = 128  # tokens, the default of our cache
-STEPS, WARM = 12, 3
+STEPS, WARM = 10, 2
 ROOM = 64  # tokens of a context left for warm-up and steps
 FILL = 8192  # tokens filled at a time
 SPARE = 5e9  # bytes left for logits, activations and one layer's second copy

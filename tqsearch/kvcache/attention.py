@@ -59,13 +59,12 @@ class CompressedTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def of(cls, past: Past, of_keys: bool) -> CompressedTensor:
-        """The keys, or the values, of a past."""
-        history = past.keys if of_keys else past.values
-        batch, heads, recent, dim = history.recent.shape
-        length = history.sinks.shape[2] + history.compressed_length + recent
+    def of(cls, past: Past, length: int, of_keys: bool) -> CompressedTensor:
+        """The keys, or the values, of a past of so many tokens."""
+        recent = (past.keys if of_keys else past.values).recent
+        batch, heads, _, dim = recent.shape
         made: CompressedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, (batch, heads, length, dim), dtype=history.recent.dtype, device=history.recent.device
+            cls, (batch, heads, length, dim), dtype=recent.dtype, device=recent.device
         )
         made.past, made.of_keys, made._decoded = past, of_keys, None
         return made
@@ -94,9 +93,9 @@ def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Ten
     That is where nothing is compressed yet, only one of the two is, a codec is of another kind, or a gradient is asked
     for.
     """
-    if keys.codec is None or values.codec is None or not keys.compressed_length:
+    if keys.codec is None or values.codec is None or keys.compressed is None or values.compressed is None:
         return None
-    if keys.compressed_length != values.compressed_length:
+    if len(keys.compressed) != len(values.compressed):
         return None
     if keys.codec.quantizer.codec == "trellis" or values.codec.quantizer.codec == "trellis":
         _warn("trellis codes")
@@ -105,8 +104,8 @@ def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Ten
         return None
     if (keys.recent.requires_grad or values.recent.requires_grad) and torch.is_grad_enabled():
         return None
-    past = Past(keys, values, backend)
-    return CompressedTensor.of(past, True), CompressedTensor.of(past, False)
+    past, length = Past(keys, values, backend), len(keys)
+    return CompressedTensor.of(past, length, True), CompressedTensor.of(past, length, False)
 
 
 def context_of(past: Past) -> Context:

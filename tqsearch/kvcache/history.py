@@ -56,9 +56,11 @@ class History:
 
     def append(self, states: Tensor, sink_length: int) -> History:
         """With new tokens at the end, (B, H, n, D); the first `sink_length` of all go to the sinks."""
+        if self.compressed is not None:
+            return History(self.sinks, self.compressed, torch.cat([self.recent, states], dim=2), self.codec)
         first = 0
         sinks, recent = self.sinks, self.recent
-        if sinks.shape[2] < sink_length and not self.compressed_length and not recent.shape[2]:
+        if sinks.shape[2] < sink_length and not recent.shape[2]:
             first = min(sink_length - sinks.shape[2], states.shape[2])
             sinks = torch.cat([sinks, states[:, :, :first]], dim=2)
         if first < states.shape[2]:
