@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,28 @@ def test_an_error_is_one_line(
         said = capsys.readouterr().err
         assert said.startswith("tqsearch: ")
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--codec", "tree"], "codec must be one of scalar, trellis, got tree"),
+        (["--text", "latin"], "latin must be text in UTF-8"),
+        ([], "folder must be a model's folder or a model of the hub"),
+    ],
+)
+def test_kv_diagnose_says_what_is_wrong(tmp_path: Path, arguments: list[str], says: str) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin").write_bytes("\xe4\xf6\xfc".encode("latin-1"))
+    arguments = [str(tmp_path / name) if name == "latin" else name for name in arguments]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers' own imports
+        status, output = run("kv-diagnose", str(tmp_path / "folder"), *arguments)
+    assert status == 1
+    *_, last = output.splitlines()
+    assert last.startswith("tqsearch: ")
+    assert says in last
 
 
 @pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])

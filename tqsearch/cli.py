@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,12 +73,7 @@ def demo(
     rows.append(parts.exact_row(data, truth))
     typer.echo("\nRecall of the 10 nearest (10@10) and of the nearest (1@1), at all bytes kept for a vector:\n")
     typer.echo(parts.table_text(rows))
-    if importlib.util.find_spec("matplotlib") is None:
-        typer.echo("\nmatplotlib is not installed, so no figure is drawn: pip install 'tqsearch[bench]'")
-        return
-    figure = out / f"{data.name}-recall.png"
-    parts.draw(rows, data, figure)
-    typer.echo(f"\nThe figure is {figure}")
+    figure(out / f"{data.name}-recall.png", lambda path: parts.draw(rows, data, path))
 
 
 @app.command()
@@ -135,23 +131,39 @@ def kv_diagnose(
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from tqsearch.codec import CODECS
     from tqsearch.kvcache import diagnosis_view, sample_text
     from tqsearch.kvcache.diagnose import diagnose
     from tqsearch.kvcache.recommend import recommend
 
-    page = sample_text.TEXT if text is None else text.read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(model)(page, return_tensors="pt", verbose=False)["input_ids"][:, :tokens]
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if codec not in CODECS:
+        sys.exit(f"tqsearch: codec must be one of {', '.join(CODECS)}, got {codec}")
+    try:
+        page = sample_text.TEXT if text is None else text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        sys.exit(f"tqsearch: {text} must be text in UTF-8 ({error})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    except (OSError, ValueError) as error:  # transformers raises either for what is no model
+        sys.exit(f"tqsearch: {model} must be a model's folder or a model of the hub ({str(error).splitlines()[0]})")
+    ids = tokenizer(page, return_tensors="pt", verbose=False)["input_ids"][:, :tokens]
     diagnosis = diagnose(network.to(device).eval(), ids.to(device))
     name = Path(model).name
     advice = recommend(diagnosis, noise, codec)  # type: ignore[arg-type]  # checked there
     typer.echo(diagnosis_view.text(name, diagnosis, advice))
+    figure(out / f"{name}-kv.png", lambda path: diagnosis_view.draw(name, diagnosis, path))
+
+
+def figure(path: Path, draw: Callable[[Path], None]) -> None:
+    """Draws a figure where it can be drawn, and says where it is."""
+    import importlib.util
+
     if importlib.util.find_spec("matplotlib") is None:
         typer.echo("\nmatplotlib is not installed, so no figure is drawn: pip install 'tqsearch[bench]'")
         return
-    figure = out / f"{name}-kv.png"
-    diagnosis_view.draw(name, diagnosis, figure)
-    typer.echo(f"\nThe figure is {figure}")
+    draw(path)
+    typer.echo(f"\nThe figure is {path}")
 
 
 def describe_installation() -> None:
