@@ -173,6 +173,8 @@ _CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
     6: ((16, Config(16, 64, 4, 3)), (64, Config(64, 32, 4, 3)), (128, Config(128, 32, 4, 2))),
     8: ((16, Config(16, 64, 4, 3)), (64, Config(64, 64, 4, 3)), (128, Config(128, 64, 4, 3))),
 }
+# Of several bands: two accumulators are alive, and whatever is wider spills registers.
+_SEVERAL = ((16, Config(16, 32, 8, 3)), (32, Config(32, 32, 8, 2)))
 _EXACT = Config(16, 32, 4, 2)
 
 
@@ -192,6 +194,8 @@ def config_for(queries: int, bands: tuple[BandTable, ...], exact: bool) -> Confi
     along = along_trellis(bands)
     widest = max(band.width for band in bands if band.codec == "trellis" or not along)
     choices = (_TRELLIS_CONFIGS if along else _CONFIGS)[widest]
+    if sum(band.width > 0 for band in bands) > 1:
+        choices = _SEVERAL
     config = next((config for most, config in choices if queries <= most), choices[-1][1])
     planes = [band.size // 8 for band in bands if band.codec == "trellis"]
     if not along:
