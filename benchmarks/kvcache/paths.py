@@ -78,16 +78,21 @@ def row_of(model: Any, tokenizer: Any, texts: Any, bits: int, options: argparse.
     ]
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kvcache --paths", description=__doc__)
     parser.add_argument("--model", required=True, help="a folder, or a model of the hub")
     parser.add_argument("--text", type=Path, action="append", help="a text file; may be repeated")
-    parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], default=[4, 3, 2])
+    parser.add_argument("--bits", type=numbers, default=[4, 3, 2])
     parser.add_argument("--documents", type=int, default=20)
     parser.add_argument("--length", type=int, default=2048, help="of a document in tokens (default 2,048)")
     parser.add_argument("--chunk", type=int, default=64, help="tokens fed at a time (default 64)")
     parser.add_argument("--batch", type=int, default=10, help="documents at a time (default 10)")
-    parser.add_argument("--needles", type=lambda text: [int(part) for part in text.split(",")], default=[1024, 4000])
+    lengths = "lengths of the needles' prompts in tokens"
+    parser.add_argument("--needles", type=numbers, default=[1024, 4000], help=lengths)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)

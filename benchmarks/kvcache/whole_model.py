@@ -285,7 +285,7 @@ def main(arguments: list[str]) -> int:
                     baseline[kind] = run
                 row = _row(name, run, baseline.get(kind))
                 result["runs"].append({"cache": name, **run})
-                result["rows"].append(row)
+                result["rows"] = sorted([*result["rows"], row], key=lambda row: row[:2])
                 print(*row, run["slowest_step_ms"], sep="\t", flush=True)
                 options.out.mkdir(parents=True, exist_ok=True)
                 (options.out / "whole-model.json").write_text(json.dumps(result, indent=1) + "\n")
