@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,18 @@ def undocumented(node, name):
                 yield from undocumented(child, f"{name}.{child.name}")
             elif not ast.get_docstring(child):
                 yield f"{name}.{child.name}"
+
+
+def test_the_tour_names_every_file_and_no_other():
+    """`docs/ARCHITECTURE.md` lists the modules, by name or by a pattern such as `attention_*.py`."""
+    tour = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    listed = set(re.findall(r"[\w*]+\.py", tour[tour.index("## The folders") : tour.index("## Who may know whom")]))
+    files = {path.name for path in [*MODULES, *(ROOT / "benchmarks").glob("*.py")]} - {"__init__.py"}
+    assert listed - {"__init__.py"}
+    assert [name for name in sorted(files) if not any(fnmatch(name, pattern) for pattern in listed)] == []
+    assert [
+        pattern for pattern in sorted(listed - {"__init__.py"}) if not any(fnmatch(name, pattern) for name in files)
+    ] == []
 
 
 def python_blocks(page):
