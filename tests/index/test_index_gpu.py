@@ -14,7 +14,7 @@ import pytest
 import torch
 from index_oracle import parse
 
-from tqsearch.blocks import BLOCK_BYTES
+from tqsearch.blocks import BLOCK_BYTES, encode_blocks
 from tqsearch.index import TurboQuantIndex
 from tqsearch.segments import MERGE_BYTES
 
@@ -114,6 +114,23 @@ def test_learnt_axes_on_a_gpu(metric: Any, codec: Any) -> None:
     got: Any = moved.to("cuda").search(vectors[500:520], 10, precision="exact")
     np.testing.assert_array_equal(got[1], wanted[1])
     np.testing.assert_allclose(got[0], wanted[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_move_while_rows_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread takes the index to the GPU between the encoding on the CPU and the storing."""
+    index = TurboQuantIndex(64, 4, "l2")
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        columns = encode_blocks(*arguments, **options)
+        index.to("cuda")
+        return columns
+
+    index.add(rows(100, dim=64))
+    monkeypatch.setattr("tqsearch.index.encode_blocks", slowly)
+    index.add(rows(100, 1, dim=64))
+    assert index.device.type == "cuda"
+    found = np.asarray(index.search(np.concatenate([rows(100, dim=64), rows(100, 1, dim=64)]), 1)[1])[:, 0]
+    np.testing.assert_array_equal(found, np.arange(200))
 
 
 def test_removing_takes_what_moves(vectors: np.ndarray) -> None:
