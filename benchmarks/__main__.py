@@ -11,7 +11,7 @@ COMMANDS = {
     "search": ("benchmarks.search", "TurboQuant against FAISS, turbovec and exact search at equal bytes per vector"),
     "kernels": ("benchmarks.kernels", "the GPU scan against float16 matrix products and topk, and against the limits"),
     "gpu": ("benchmarks.gpu", "the index on a GPU: recall with int8 and exact queries, and speed"),
-    "training": ("benchmarks.training", "learnt axes and trellis codes on a GPU: training, adding, scanning, int8 recall"),
+    "training": ("benchmarks.training", "learnt axes and trellis codes on a GPU: training, adding, scanning, recall"),
     "kvcache": ("benchmarks.kvcache.run", "the compressed KV cache against the dense one and its rivals"),
     "attention": ("benchmarks.attention", "decode attention from compressed keys and values beside the dense kernels"),
     "distortion": ("benchmarks.distortion", "the codec's distortion and inner-product error beside theory"),

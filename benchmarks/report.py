@@ -1,7 +1,8 @@
 """`python -m benchmarks.report`: the tables and figures of the README and of docs/, from the JSON files in results/.
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`, where NAME is that of a file in results/ without its
-`.json`; `NAME-full` is a search at all widths with remarks, `NAME.VIEW` some columns of a result that has views.
+`.json`; `NAME-full` is a search at all widths with remarks, `NAME.VIEW` some columns of a result that has views,
+`trained` what training gains in every search.
 `--check` writes nothing and fails where a page differs from what would be written, or a figure is missing. Only the
 existence of figures is checked: their bytes depend on the version of matplotlib.
 """
@@ -30,6 +31,8 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str | None:
     """The text between the markers of a name, or None where there is no such result."""
     if (text := kvcache_tables.table(name, results)) is not None:
         return text
+    if name == "trained":
+        return tables.trained(results)
     if name in results:
         result = results[name]
         if result.get("benchmark") == "gpu":

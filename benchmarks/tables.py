@@ -27,6 +27,18 @@ HEADER = (
 )
 
 
+NEARLY = 1.2
+TRAINED_HEADER = (
+    "data",
+    "bits",
+    "bytes",
+    "untrained",
+    "trained",
+    "trellis, untrained",
+    "trellis, trained",
+    "best rival",
+    "which",
+)
 GPU_HEADER = (
     "codec",
     "on",
@@ -94,6 +106,35 @@ def gpu(result: dict[str, Any], search: dict[str, Any] | None) -> str:
     if search is not None:
         parts[1] += f" The CPU: {provenance(search['environment'])}"
     return "\n\n".join(parts)
+
+
+def trained(results: dict[str, dict[str, Any]]) -> str | None:
+    """Recall of untrained and trained indexes and of the best rival, at every width of every search.
+
+    A rival takes part with at most `NEARLY` times the budget's bytes, at its best setting; None without searches.
+    """
+    rows: list[list[str]] = []
+    for result in results.values():
+        if result.get("benchmark") != "search" or result["effort"]["quick"]:
+            continue
+        grouped = families(result)
+        name = result["dataset"]["name"]
+        for width, budget in result["budgets"].items():
+            ours = [
+                next((run for run in grouped.get(family, []) if f"{run['parameter']:g}" == width), None)
+                for family in ("TurboQuant", "TurboQuant trained", "TurboQuant trellis", "TurboQuant trained trellis")
+            ]
+            rivals = [run for family, runs in grouped.items() if family not in (*OURS, EXACT) for run in runs]
+            near = [run for run in rivals if "error" not in run and run["bytes_per_vector"] <= NEARLY * budget]
+            best = max(near, key=lambda run: float(run["recall"]["10@10"]), default=None)
+            shown = [f"{run['recall']['10@10']:.3f}" if run and "error" not in run else "" for run in ours]
+            rival = ["", ""]
+            if best is not None:
+                said = f"{best['family']}, {number(best['bytes_per_vector'])} B"
+                rival = [f"{best['recall']['10@10']:.3f}", said]
+            rows.append([name, width, number(budget), *shown, *rival])
+            name = ""
+    return markdown(list(TRAINED_HEADER), rows) if rows else None
 
 
 def viewed(result: dict[str, Any], view: str) -> dict[str, Any]:

@@ -137,6 +137,24 @@ def test_of_equal_bytes_the_better_is_shown() -> None:
         assert [shown["setting"] for shown in tables.at_budget(runs, budget)] == ["better"]
 
 
+def test_the_table_of_training_names_the_best_rival_of_nearly_the_same_bytes() -> None:
+    runs = [
+        *RESULT["runs"],
+        run("TurboQuant trained", "1 bit", 1, 10, 0.7),
+        run("TurboQuant trained trellis", "1 bit", 1, 10, 0.75),
+        run("near", "n", 1, 12, 0.62),
+        run("far", "f", 1, 12.1, 0.99),
+    ]
+    text = tables.trained({"search-tiny": RESULT | {"runs": runs}, "distortion": {}})
+    assert text is not None
+    assert text.splitlines()[2:] == [
+        "| tiny | 1 | 10 | 0.600 | 0.700 |  | 0.750 | 0.620 | near, 12 B |",
+        "|  | 2.5 | 22 | 0.800 |  |  |  | 0.990 | far, 12.1 B |",
+        "|  | 4 | 34 | 0.951 |  |  |  | 0.990 | far, 12.1 B |",
+    ]
+    assert tables.trained({"distortion": {}}) is None
+
+
 def test_the_gpu_table_puts_pq_of_as_many_bytes_after_each_width() -> None:
     rows = [[1, "no", 10, 0.6, 0.61, 0.2, 1000, 20000, 300000], [1, "yes", 10, 0.7, 0.71, 0.2, 1000, 20000, 300000]]
     lines = tables.gpu({"environment": ENVIRONMENT, "rows": rows}, RESULT).splitlines()
