@@ -230,6 +230,23 @@ def check_top_k(
         assert (np.abs(nearness[row] - best) <= slack[row].max(initial=0.0)).all()
 
 
+def check_searches(index: Any, content: Any, queries: np.ndarray) -> None:
+    """Top k of an index, all and some of its vectors, against the content of its file.
+
+    Args:
+        index: of n vectors; its `search` is called.
+        content: has `ids` and `similarity`.
+        queries: (q, dim).
+    """
+    wanted, slack = content.similarity(queries)
+    for k in (1, 10, len(content.ids) + 1):
+        check_top_k(index.search(queries, k), wanted, slack, content.ids, k, index.metric)
+    some = np.arange(0, len(content.ids), 13)
+    allowed = content.ids[some]
+    got = index.search(queries, 20, allow=allowed)
+    check_top_k(got, wanted[:, some], slack[:, some], allowed, 20, index.metric)
+
+
 # the file
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from index_oracle import check_top_k, distortion, parse
+from index_oracle import check_searches, distortion, parse
 from learnt_rows import DIM, METRICS, made, recall, rows
 from trained_oracle import parse_trained
 
@@ -26,13 +26,7 @@ def test_results_equal_the_oracle(saved: SavedOf, metric: str) -> None:
     if metric == "l2" or content.header["keeps_product"]:
         bias = -(z**2).sum(1) if metric == "l2" else z @ content.double("centre")
         np.testing.assert_allclose(content.double("bias") * content.unit, bias, rtol=2**-10, atol=1e-6)
-    for k in (1, 10, 201):
-        got: Any = index.search(rows(20, 2), k)
-        check_top_k(got, *content.similarity(rows(20, 2)), content.ids, k, metric)
-    chosen = np.arange(0, 200, 13)
-    some, slack = (part[:, chosen] for part in content.similarity(rows(20, 2)))
-    got = index.search(rows(20, 2), 20, allow=chosen)
-    check_top_k(got, some, slack, chosen, 20, metric)
+    check_searches(index, content, rows(20, 2))
 
 
 @pytest.mark.parametrize("metric", METRICS)
