@@ -2,6 +2,9 @@
 
 Every change is made whole or not at all. What it needs is made beside what there is; then the ids' map is changed, and
 one assignment replaces the rest. Where memory runs out or the user interrupts on the way, the contents are as before.
+
+On a GPU a change begins when the device has done all its work, as searches that have returned may still run on streams
+of their own, and it is taken over when its own work is done: a search on any stream then reads finished columns.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class Contents:
             contents.rows.append(columns)
         if device.type != "cpu":
             contents.rows = contents.rows.to(device)
+            contents._finish()
         return contents
 
     def __len__(self) -> int:
@@ -121,9 +125,11 @@ class Contents:
         elif len(taken := ids[self._map.rows(ids) >= 0]):
             raise DuplicateIdError(f"ids must be new, got {taken[0]}, which is in the index")
         next_id = max(self.next_id, int(ids.max()) + 1)
+        self._finish()
         rows = self.rows.copy()
         if self._plain and int(ids[0]) == start and bool((np.diff(ids) == 1).all()):
             rows.append(columns)
+            self._finish()
             self.rows, self._map, self.next_id = rows, IdMap(start + count), next_id
             return
         if self._plain:
@@ -138,6 +144,7 @@ class Contents:
             UnknownIdError: an id is not there.
         """
         removed = torch.from_numpy(self.known_rows(ids)).to(self.device)
+        self._finish()
         rows = self.rows.copy()
         if self._plain:
             rows.add_column("ids", self.ids)
@@ -155,15 +162,23 @@ class Contents:
 
     def to(self, device: torch.device) -> Contents:
         """The same on another device."""
+        self._finish()
         moved = Contents(device)
         moved.rows, moved.next_id = self.rows.to(device), self.next_id
         moved._map, moved._plain = self._map, self._plain
+        moved._finish()
         return moved
+
+    def _finish(self) -> None:
+        """Waits until a GPU has done its work, on every stream."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _replace(self, rows: SegmentedRows, next_id: int, ids: Ids, places: Ids) -> None:
         """Takes over rows with a column of ids, of which these have new places (-1: none)."""
         before = self._map.rows(ids)
         try:
+            self._finish()
             self._map.assign(ids, places)
             self.rows, self._plain, self.next_id = rows, False, next_id
         except BaseException:

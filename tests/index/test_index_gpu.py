@@ -171,9 +171,11 @@ def test_without_memory_an_add_changes_nothing(vectors: np.ndarray) -> None:
                 torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + free) / total)
                 try:
                     index.add(more, ids=ids)
-                    index.remove(index.ids[N // 2 :])
                 except torch.OutOfMemoryError:
                     failed += 1
+                    continue
+                torch.cuda.set_per_process_memory_fraction(1.0)
+                index.remove(index.ids[N // 2 :])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert failed >= 2
