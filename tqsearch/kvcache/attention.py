@@ -193,7 +193,7 @@ def _from_codes(
 ) -> Tensor:
     """Attention of queries that are the last tokens of a past: (B, Tq, Hq, D)."""
     context, count = context_of(past), query.shape[2]
-    options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, "sliding_window": window}
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, "sliding_window": window}
     if count <= FEW_QUERIES:
         return kernels.attention(query, context, mask=mask, backend=past.backend, **options)
     if kernels.attention_backend(context, past.backend, query.device) == "reference":

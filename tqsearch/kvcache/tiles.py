@@ -47,7 +47,8 @@ def attention(
     """
     batch, query_heads, count, _ = query.shape
     places = torch.arange(length - count, length, device=query.device)[:, None]
-    first, top, total, out = 0, None, None, None
+    first = 0
+    state: tuple[Tensor, Tensor, Tensor] | None = None  # maximum, sum and weighted values so far
     for keys, values in tiles:
         heads, tokens = keys.shape[1], keys.shape[2]
         if not tokens:
@@ -65,19 +66,19 @@ def attention(
         if sliding_window is not None:
             scores = scores.masked_fill(here <= places - sliding_window, LEAST)
         first += tokens
-        highest = scores.detach().amax(dim=3, keepdim=True)
-        higher = highest if top is None else torch.maximum(top, highest)
+        higher = scores.detach().amax(dim=3, keepdim=True)
+        if state is not None:
+            higher = torch.maximum(state[0], higher)
         weights = torch.exp(scores - higher)
         mass = weights.sum(dim=3, keepdim=True)
         weights = torch.nn.functional.dropout(weights, dropout).to(query.dtype)
         found = (weights.view(batch, heads, -1, tokens) @ values).view(batch, query_heads, count, -1).float()
-        if top is not None:
-            before = torch.exp(top - higher)
-            mass, found = mass + total * before, found + out * before
-        top, total, out = higher, mass, found
-    assert top is not None
-    assert total is not None
-    assert out is not None
+        if state is not None:
+            before = torch.exp(state[0] - higher)
+            mass, found = mass + state[1] * before, found + state[2] * before
+        state = higher, mass, found
+    assert state is not None
+    top, total, out = state
     if s_aux is not None:
         total = total + torch.exp(s_aux.float().view(1, -1, 1, 1) - top)
     return (out / total).to(query.dtype).transpose(1, 2).contiguous()
