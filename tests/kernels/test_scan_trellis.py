@@ -121,13 +121,13 @@ def test_reference(device, plan):
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if plan not in SMALL])
 def test_assembly_equals_portable_code(device, plan, monkeypatch):
     """Integer arithmetic, so the scores are equal to the last bit; each number of queries is another cut."""
-    from tqsearch.kernels import scan_triton
+    from tqsearch.kernels import scan_layout, scan_triton
 
     case, found = Case(PLANS[plan], 600, 130, 4, device), {}
     queries, packed = case.queries, torch.from_numpy(case.packed).to(device)
     for body in ("assembly", "portable"):
-        monkeypatch.setattr(scan_triton, "INTERPRETED", body == "portable")
-        scan_triton._layout.cache_clear()
+        monkeypatch.setattr(scan_layout, "INTERPRETED", body == "portable")
+        scan_layout.layout_of.cache_clear()
         few = torch.from_numpy(queries[:3]).to(device)
         scanner = scan_triton.Scanner(few, packed, packed[:, 0].float(), None, None, case.bands, False)
         on_path = [constants[5] > 0 for constants in scanner.layout.bands]
@@ -135,7 +135,7 @@ def test_assembly_equals_portable_code(device, plan, monkeypatch):
         for count in (1, 17, 65, 130):
             case.queries = queries[:count]
             found[body, count] = case.scan(600)[0], case.scan(1)[0]  # by scores; by maxima of tiles
-    scan_triton._layout.cache_clear()
+    scan_layout.layout_of.cache_clear()
     for count in (1, 17, 65, 130):
         for ours, theirs in zip(found["assembly", count], found["portable", count], strict=True):
             np.testing.assert_array_equal(ours, theirs)

@@ -204,14 +204,14 @@ def test_equals_the_reference_twin(oracle, device):
 @pytest.mark.parametrize("plan", PLANS)
 def test_assembly_equals_portable_code(oracle, device, plan, monkeypatch):
     """Every byte occurs among 700 rows; integer arithmetic, so the scores are equal to the last bit."""
-    from tqsearch.kernels import scan_triton
+    from tqsearch.kernels import scan_layout
 
     case = Case(oracle, PLANS[plan], 700, 3, 12, device)
     assembled = case.scan(700, precision="int8")
-    monkeypatch.setattr(scan_triton, "INTERPRETED", True)
-    scan_triton._layout.cache_clear()
+    monkeypatch.setattr(scan_layout, "INTERPRETED", True)
+    scan_layout.layout_of.cache_clear()
     portable = case.scan(700, precision="int8")
-    scan_triton._layout.cache_clear()
+    scan_layout.layout_of.cache_clear()
     np.testing.assert_array_equal(assembled[0], portable[0])
 
 
@@ -252,3 +252,55 @@ def test_int8_estimates_lose_little(oracle, device):
     expected = case.scales.astype(np.float64) * step / math.sqrt(12) * math.sqrt(1024 * np.mean(levels**2))
     ratio = np.sqrt(np.mean((difference / expected) ** 2))
     assert 0.8 < ratio < 1.2
+
+
+@pytest.mark.parametrize(("plan", "tile"), [("4 bits, whole columns", 64), ("bands", 256)])
+def test_every_cut_gives_the_same_maxima(oracle, device, plan, tile):
+    """Queries held in shared memory or read again at each step, one program for all tiles or several."""
+    from tqsearch.kernels import scan_triton
+    from tqsearch.kernels.scan_cuts import Config
+
+    case = Case(oracle, PLANS[plan], 5 * 128 - 5, 19, 13, device)
+    queries, packed, scales = (torch.from_numpy(part).to(device) for part in (case.queries, case.packed, case.scales))
+    found = []
+    for config in (
+        Config(16, 32, 128, 4, 2, 0, False),
+        Config(16, 32, tile, 4, 2, 1, False),
+        Config(16, 32, tile, 4, 2, 2, True),
+        Config(32, 32, tile, 2, 2, 1, True),
+    ):
+        scanner = scan_triton.Scanner(queries, packed, scales, None, None, tuple(case.bands), False, config)
+        maxima = scanner.maxima(slice(0, 19))
+        assert maxima.shape == (19, -(-case.n // config.tile))
+        whole = torch.full((19, 6 * 128 // config.tile), -math.inf, device=device)
+        whole[:, : maxima.shape[1]] = maxima
+        found.append(whole.view(19, 3, -1).amax(dim=2).cpu().numpy())
+    expected = (case.rounded * case.scales.astype(np.float64))[:, :512].reshape(19, 2, 256).max(axis=2)
+    np.testing.assert_allclose(found[0][:, :2], expected, rtol=1e-5, atol=1e-4)
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+@pytest.mark.parametrize(("tiles", "k"), [(131, 32), (700, 1), (9000, 7)])
+def test_chosen_tiles_are_those_of_largest_maximum(oracle, device, tiles, k):
+    from tqsearch.kernels import scan_triton
+
+    rng = np.random.default_rng(tiles)
+    maxima = np.round(rng.standard_normal((3, tiles)), 1).astype(np.float32)  # with ties
+    maxima[1, rng.permutation(tiles)[: tiles - 2]] = -np.inf  # fewer finite ones than k
+    maxima[2] = -np.inf
+    case = Case(oracle, [(8, 4)], 300, 3, 14, device)
+    columns = [torch.from_numpy(part).to(device) for part in (case.queries, case.packed, case.scales)]
+    scanner = scan_triton.Scanner(*columns, None, None, tuple(case.bands), False)
+    chosen = scanner.choose(torch.from_numpy(maxima).to(device), k).cpu().numpy()
+    assert all(len(set(line.tolist())) == k for line in chosen)
+    own = np.take_along_axis(maxima, chosen, axis=1)
+    np.testing.assert_array_equal(-np.sort(-own, axis=1), -np.sort(-maxima, axis=1)[:, :k])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Gluon has no interpreter")
+@pytest.mark.parametrize("terms", [False, True])
+@pytest.mark.parametrize("plan", ["1 bit, whole columns", "2 bits, whole columns"])
+def test_many_queries(oracle, device, plan, terms):
+    """More than 64: on a GPU of compute capability 9.0 by the kernel in Gluon. The last tile is not whole."""
+    Case(oracle, PLANS[plan], 1500, 130, 15, device).check(1, bias=terms, mask=terms, precision="int8")

@@ -16,7 +16,7 @@ a thread holds four neighbouring columns side by side: where rows are aligned to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -51,11 +51,13 @@ def slot_dims(width: int, columns: int, quad: bool) -> npt.NDArray[np.int64]:
     return np.stack([per_column * column + order[part] for part in range(parts)])
 
 
-def assembly(width: int, steps: Sequence[int], quad: bool) -> str:
-    """The PTX that decodes four columns of a width, with the table as constants; "" for 6 and 8 bits."""
-    table = [
-        f"{int.from_bytes(bytes(steps[i : i + 4]), 'little'):#x}" for i in range(0, len(steps), 4) if width in (2, 3, 4)
-    ]
+def assembly(width: int, steps: Sequence[int], quad: bool, register: Callable[[int], str] | None = None) -> str:
+    """The PTX that decodes four columns of a width; "" for 6 and 8 bits.
+
+    The table's words are constants, but every other one from the first on is the register that `register` names.
+    """
+    words = [int.from_bytes(bytes(steps[i : i + 4]), "little") for i in range(0, len(steps), 4) if width in (2, 3, 4)]
+    table = [f"{word:#x}" if register is None or i % 2 else register(word) for i, word in enumerate(words)]
     if width == 1:  # the code is its own number
         lines = ["and.b32 $0, $8, 0x01010101;"]
         for part in range(1, 8):

@@ -8,6 +8,8 @@ import triton.language as tl
 from tqsearch.kernels import trellis_triton
 from tqsearch.kernels.decode_triton import decode
 
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
+
 
 @triton.jit
 def columns_of(
@@ -44,89 +46,152 @@ def columns_of(
 
 
 @triton.jit
-def _band_scores(
+def _parts(
     codes_ptr,
     rows,  # (TILE,) int64
-    row_stride,
-    queries_ptr,
-    queries,  # (BLOCK_Q,), or one number
-    alpha_ptr,
-    beta_ptr,
+    start,  # the first column
     tables_ptr,
-    SLOTS: tl.constexpr,
-    COUNT: tl.constexpr,  # bands
+    ROW: tl.constexpr,
     BAND: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BYTE: tl.constexpr,  # where the band begins in a row; along a trellis its path
-    PLANE: tl.constexpr,  # bytes of its first plane; along a trellis where its planes of f begin
-    SLOT: tl.constexpr,  # where it begins in the arranged queries
-    TAPS: tl.constexpr,
+    CONSTANTS: tl.constexpr,  # of the band; see `scan_kernel`
     ASSEMBLY: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,  # 0: one query, by sums in place of a matrix product
     BLOCK_C: tl.constexpr,
-    EXACT: tl.constexpr,
     EVEN_ROWS: tl.constexpr,
 ):
-    """What one band adds to the scores: (TILE, BLOCK_Q) float32, or (TILE,) for one query."""
-    SCALAR: tl.constexpr = TAPS == 0
-    FOUR: tl.constexpr = SCALAR and (WIDTH == 2 or WIDTH == 6)
-    PARTS: tl.constexpr = 2 if SCALAR and WIDTH == 4 else (4 if FOUR else (1 if WIDTH == 8 else 8))
-    DTYPE: tl.constexpr = tl.float32 if EXACT else tl.int32
-    if BLOCK_Q == 0:
-        acc = tl.zeros((TILE,), DTYPE)
+    """Some columns of a band of some rows, decoded."""
+    WIDTH: tl.constexpr = CONSTANTS[0]
+    COLUMNS: tl.constexpr = CONSTANTS[1]
+    EVEN: tl.constexpr = COLUMNS % BLOCK_C == 0
+    columns = start + tl.arange(0, BLOCK_C)
+    valid = (columns < COLUMNS)[None, :]
+    table = tables_ptr + BAND * 256
+    if CONSTANTS[5] == 0:
+        x, y = columns_of(codes_ptr, rows, ROW, columns, valid, WIDTH, CONSTANTS[2], CONSTANTS[3], EVEN, EVEN_ROWS)
+        return decode(x, y, table, WIDTH, ASSEMBLY)
     else:
-        acc = tl.zeros((TILE, BLOCK_Q), DTYPE)
-    for start in range(0, COLUMNS, BLOCK_C):
-        columns = start + tl.arange(0, BLOCK_C)
-        valid = (columns < COLUMNS)[None, :]
-        if SCALAR:
-            x, y = columns_of(
-                codes_ptr, rows, row_stride, columns, valid, WIDTH, BYTE, PLANE, COLUMNS % BLOCK_C == 0, EVEN_ROWS
-            )
-            parts = decode(x, y, tables_ptr + BAND * 256, WIDTH, ASSEMBLY)
-        else:
-            base = codes_ptr + rows[:, None] * row_stride
-            # fmt: off
-            parts = trellis_triton.decoded(
-                base, columns, valid, tables_ptr + BAND * 256, TAPS, WIDTH, COLUMNS, BYTE, PLANE, ASSEMBLY,
-                COLUMNS % BLOCK_C == 0)
-            # fmt: on
-        for p in tl.static_range(PARTS):
-            slots = SLOT + start * PARTS + p * BLOCK_C + tl.arange(0, BLOCK_C)
-            if BLOCK_Q == 0:
-                value = tl.load(queries_ptr + queries.to(tl.int64) * SLOTS + slots)
-                acc += tl.sum(parts[p].to(DTYPE) * value.to(DTYPE)[None, :], axis=1)
-            else:
-                value = tl.load(queries_ptr + queries[:, None] * SLOTS + slots[None, :])
-                if EXACT:
-                    acc = tl.dot(parts[p], tl.trans(value), acc, input_precision="ieee")
-                else:
-                    acc = tl.dot(parts[p], tl.trans(value), acc, out_dtype=tl.int32)
-    alpha = tl.load(alpha_ptr + queries * COUNT + BAND)
-    beta = tl.load(beta_ptr + queries * COUNT + BAND)
-    if BLOCK_Q == 0:
-        return acc.to(tl.float32) * alpha + beta
-    else:
-        return acc.to(tl.float32) * alpha[None, :] + beta[None, :]
+        base = codes_ptr + rows[:, None] * ROW
+        # fmt: off
+        return trellis_triton.decoded(
+            base, columns, valid, table, CONSTANTS[5], WIDTH, COLUMNS, CONSTANTS[2], CONSTANTS[3], ASSEMBLY, EVEN)
+        # fmt: on
 
 
 @triton.jit
-def scan_kernel(
-    codes_ptr,  # (n, row_stride) uint8
-    scales_ptr,  # (n,)
-    bias_ptr,  # (n,) float32 or float16
-    mask_ptr,  # (n,) uint8
-    queries_ptr,  # (q, SLOTS)
-    alpha_ptr,  # (q, len(BANDS)) float32
-    beta_ptr,  # (q, len(BANDS)) float32
-    tables_ptr,  # (len(BANDS), 256)
-    out_ptr,  # (q, tiles), or (q, out_stride) scores
+def _query_pieces(values_ptr, queries, SLOTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The arranged queries, BLOCK_C slots a piece: loaded once, they stay in shared memory."""
+    pieces = ()
+    for piece in tl.static_range(SLOTS // BLOCK_C):
+        slots = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+        value = tl.load(values_ptr + queries[:, None] * SLOTS + slots[None, :])
+        pieces = pieces + (value,)  # type: ignore[assignment]  # noqa: RUF005
+    return pieces
+
+
+@triton.jit
+def _product(part, queries, acc, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.dot(part, tl.trans(queries), acc, input_precision="ieee")
+    else:
+        return tl.dot(part, tl.trans(queries), acc, out_dtype=tl.int32)
+
+
+@triton.jit
+def _score_tile(
+    tile,
+    pieces,  # of `_query_pieces` if RESIDENT
+    codes_ptr,
+    scales_ptr,
+    bias_ptr,
+    mask_ptr,
+    values_ptr,
+    alpha_ptr,
+    beta_ptr,
+    tables_ptr,
+    out_ptr,
+    first_row,
     n,
+    query,  # (BLOCK_Q,)
+    lane,  # (BLOCK_Q,), counted from the first query
     q,
-    row_stride,
+    alpha_stride,
     out_stride,
+    ROW: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BANDS: tl.constexpr,
+    ASSEMBLIES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+):
+    """Scores one tile of rows against a block of queries; writes their maxima, or the scores."""
+    place = tile * TILE + tl.arange(0, TILE)
+    inside = place < n
+    rows = (first_row + tl.where(inside, place, n - 1)).to(tl.int64)
+    score = tl.zeros((TILE, BLOCK_Q), tl.float32)
+    for b in tl.static_range(len(BANDS)):
+        CONSTANTS: tl.constexpr = BANDS[b]
+        SLOT: tl.constexpr = CONSTANTS[4]
+        acc = tl.zeros((TILE, BLOCK_Q), tl.float32 if EXACT else tl.int32)
+        # fmt: off
+        if RESIDENT:
+            for c in tl.static_range((CONSTANTS[1] + BLOCK_C - 1) // BLOCK_C):
+                parts = _parts(codes_ptr, rows, c * BLOCK_C, tables_ptr, ROW, b, CONSTANTS,
+                               tl.constexpr(ASSEMBLIES[b]), BLOCK_C, EVEN_ROWS)
+                for p in tl.static_range(len(parts)):
+                    acc = _product(parts[p], pieces[SLOT // BLOCK_C + c * len(parts) + p], acc, EXACT)
+        else:
+            for start in tl.range(0, CONSTANTS[1], BLOCK_C, num_stages=STAGES):
+                parts = _parts(codes_ptr, rows, start, tables_ptr, ROW, b, CONSTANTS,
+                               tl.constexpr(ASSEMBLIES[b]), BLOCK_C, EVEN_ROWS)
+                for p in tl.static_range(len(parts)):
+                    slots = SLOT + start * len(parts) + p * BLOCK_C + tl.arange(0, BLOCK_C)
+                    value = tl.load(values_ptr + query[:, None] * SLOTS + slots[None, :])
+                    acc = _product(parts[p], value, acc, EXACT)
+        # fmt: on
+        alpha = tl.load(alpha_ptr + b * alpha_stride + query)
+        beta = tl.load(beta_ptr + b * alpha_stride + query)
+        product = acc.to(tl.float32) * alpha[None, :] + beta[None, :]
+        score = product if b == 0 else score + product
+    scale = tl.load(scales_ptr + rows).to(tl.float32)
+    bias = tl.where(inside, 0.0, float("-inf"))
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr + rows).to(tl.float32)
+    if HAS_MASK:
+        bias = tl.where(tl.load(mask_ptr + rows) != 0, bias, float("-inf"))
+    score = score * scale[:, None] + bias[:, None]
+    if MAXIMA:
+        tl.store(out_ptr + lane * out_stride + tile, tl.max(score, axis=0), mask=lane < q)
+    else:
+        into = out_ptr + lane.to(tl.int64)[None, :] * out_stride + place[:, None]
+        tl.store(into, score, mask=(lane < q)[None, :] & inside[:, None])
+
+
+@triton.jit(do_not_specialize=["first_row", "n", "q", "out_stride", "programs"])
+def scan_kernel(
+    codes_ptr,  # (rows, ROW) uint8
+    scales_ptr,  # (rows,)
+    bias_ptr,  # (rows,) float32 or float16
+    mask_ptr,  # (rows,) uint8
+    values_ptr,  # (queries, SLOTS)
+    alpha_ptr,  # (len(BANDS), alpha_stride) float32
+    beta_ptr,  # (len(BANDS), alpha_stride) float32
+    tables_ptr,  # (len(BANDS), 256)
+    out_ptr,  # (q, out_stride) float32: maxima of tiles, or scores
+    first_row,
+    n,  # rows from first_row on
+    first_query,  # a multiple of 16
+    q,  # queries from there on; there is memory of queries beyond, BLOCK_Q more
+    alpha_stride,  # a multiple of 16
+    out_stride,
+    programs,  # for each block of queries
+    ROW: tl.constexpr,  # bytes from one row to the next
     SLOTS: tl.constexpr,
     BANDS: tl.constexpr,  # for each band (width, columns, byte offset, bytes of the first plane, slot offset, 0);
     # along a trellis (width, columns, offset of its path, of its planes of f, slot offset, `masks`)
@@ -134,59 +199,108 @@ def scan_kernel(
     TILE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDENT: tl.constexpr,  # queries stay in shared memory, and codes are loaded some tiles ahead
+    MANY: tl.constexpr,  # a program takes every so many tiles; else there is one for each
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EXACT: tl.constexpr,
     MAXIMA: tl.constexpr,
     EVEN_ROWS: tl.constexpr,
 ):
-    """Scores a tile of rows against a block of queries; writes their maxima, or the scores."""
+    """Scores tiles of rows against a block of queries; writes their maxima, or the scores."""
     q_blocks = tl.cdiv(q, BLOCK_Q)
-    tile = tl.program_id(0) // q_blocks
-    q_block = tl.program_id(0) % q_blocks
-    rows = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = rows < n
-    safe = tl.where(inside, rows, n - 1)
-    queries = q_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q_inside = queries < q
-    q_safe = tl.where(q_inside, queries, 0)
-    score = tl.zeros((TILE, BLOCK_Q), tl.float32)
-    for b in tl.static_range(len(BANDS)):
-        # fmt: off
-        score += _band_scores(
-            codes_ptr, safe, row_stride, queries_ptr, q_safe, alpha_ptr, beta_ptr, tables_ptr, SLOTS, len(BANDS), b,
-            BANDS[b][0], BANDS[b][1], BANDS[b][2], BANDS[b][3], BANDS[b][4], BANDS[b][5],
-            tl.constexpr(ASSEMBLIES[b]),
-            TILE, BLOCK_Q, BLOCK_C, EXACT, EVEN_ROWS)
-        # fmt: on
-    score *= tl.load(scales_ptr + safe).to(tl.float32)[:, None]
-    if HAS_BIAS:
-        score += tl.load(bias_ptr + safe).to(tl.float32)[:, None]
-    if HAS_MASK:
-        inside = inside & (tl.load(mask_ptr + safe) != 0)
-    score = tl.where(inside[:, None], score, float("-inf"))
-    if MAXIMA:
-        tl.store(out_ptr + queries.to(tl.int64) * out_stride + tile, tl.max(score, axis=0), mask=q_inside)
+    program = tl.program_id(0) // q_blocks
+    lane = tl.program_id(0) % q_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = first_query + lane
+    # fmt: off
+    if MANY:
+        pieces = _query_pieces(values_ptr, query, SLOTS if RESIDENT else 0, BLOCK_C)
+        turns = tl.cdiv(tl.cdiv(n, TILE) - program, programs)
+        for turn in tl.range(0, turns, num_stages=STAGES if RESIDENT else 1):
+            _score_tile(
+                program + turn * programs, pieces, codes_ptr, scales_ptr, bias_ptr, mask_ptr, values_ptr, alpha_ptr,
+                beta_ptr, tables_ptr, out_ptr, first_row, n, query, lane, q, alpha_stride, out_stride, ROW, SLOTS,
+                BANDS, ASSEMBLIES, TILE, BLOCK_Q, BLOCK_C, STAGES, RESIDENT, HAS_BIAS, HAS_MASK, EXACT, MAXIMA,
+                EVEN_ROWS)
     else:
-        into = out_ptr + queries.to(tl.int64)[None, :] * out_stride + rows[:, None]
-        tl.store(into, score, mask=q_inside[None, :] & (rows < n)[:, None])
+        _score_tile(
+            program, (), codes_ptr, scales_ptr, bias_ptr, mask_ptr, values_ptr, alpha_ptr, beta_ptr, tables_ptr,
+            out_ptr, first_row, n, query, lane, q, alpha_stride, out_stride, ROW, SLOTS, BANDS, ASSEMBLIES, TILE,
+            BLOCK_Q, BLOCK_C, STAGES, RESIDENT, HAS_BIAS, HAS_MASK, EXACT, MAXIMA, EVEN_ROWS)
+    # fmt: on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "groups"])
+def group_kernel(
+    maxima_ptr,  # (q, tiles) float32, of `scan_kernel`
+    groups_ptr,  # (q, groups) float32
+    tiles,
+    groups,
+    GROUP: tl.constexpr,  # tiles
+    BLOCK: tl.constexpr,  # groups
+):
+    """The largest maximum of each run of GROUP tiles."""
+    blocks = tl.cdiv(groups, BLOCK)
+    query = (tl.program_id(0) // blocks).to(tl.int64)
+    group = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    tile = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    most = tl.load(maxima_ptr + query * tiles + tile, mask=tile < tiles, other=float("-inf"))
+    tl.store(groups_ptr + query * groups + group, tl.max(most, axis=1), mask=group < groups)
+
+
+@triton.jit(do_not_specialize=["k", "tiles", "groups"])
+def choose_kernel(
+    maxima_ptr,  # (q, tiles) float32, of `scan_kernel`
+    groups_ptr,  # (q, groups) float32, of `group_kernel`
+    chosen_ptr,  # (q, k) int64
+    k,
+    tiles,
+    groups,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,  # a power of two, groups or more
+    K: tl.constexpr,  # a power of two, k or more
+):
+    """The k tiles of largest maximum of one query: they are among the k groups of largest maximum."""
+    query = tl.program_id(0).to(tl.int64)
+    ordinal = tl.arange(0, K)
+    place = tl.arange(0, GROUPS)
+    most = tl.load(groups_ptr + query * groups + place, mask=place < groups, other=float("-inf"))
+    most = tl.where(place < groups, tl.maximum(most, LOWEST), float("-inf"))  # what is there goes before what is not
+    group = tl.zeros((K,), tl.int32)
+    for i in range(k):
+        _, at = tl.max(most, axis=0, return_indices=True)
+        group = tl.where(ordinal == i, at, group)
+        most = tl.where(place == at, float("-inf"), most)
+    tile = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    there = (tile < tiles) & (ordinal < tl.minimum(k, groups))[:, None]
+    most = tl.load(maxima_ptr + query * tiles + tile, mask=there, other=float("-inf"))
+    most = tl.reshape(tl.where(there, tl.maximum(most, LOWEST), float("-inf")), (K * GROUP,))
+    tile = tl.reshape(tile, (K * GROUP,))
+    place = tl.arange(0, K * GROUP)
+    for i in range(k):
+        _, at = tl.max(most, axis=0, return_indices=True)
+        tl.store(chosen_ptr + query * k + i, tl.sum(tl.where(place == at, tile, 0), axis=0).to(tl.int64))
+        most = tl.where(place == at, float("-inf"), most)
+
+
+@triton.jit(do_not_specialize=["first_query", "n", "k", "alpha_stride"])
 def rescore_kernel(
-    codes_ptr,  # (n, row_stride) uint8
-    scales_ptr,  # (n,)
-    bias_ptr,  # (n,) float32 or float16
-    mask_ptr,  # (n,) uint8
-    queries_ptr,  # (q, SLOTS)
-    alpha_ptr,  # (q, len(BANDS)) float32
-    beta_ptr,  # (q, len(BANDS)) float32
+    codes_ptr,  # (rows, ROW) uint8
+    scales_ptr,  # (rows,)
+    bias_ptr,  # (rows,) float32 or float16
+    mask_ptr,  # (rows,) uint8
+    values_ptr,  # (queries, SLOTS)
+    alpha_ptr,  # (len(BANDS), alpha_stride) float32
+    beta_ptr,  # (len(BANDS), alpha_stride) float32
     tables_ptr,  # (len(BANDS), 256)
     tiles_ptr,  # (q, k) int64, the chosen tiles
     out_ptr,  # (q, k, TILE) float32
+    first_query,
     n,
     k,
-    row_stride,
+    alpha_stride,
+    ROW: tl.constexpr,
     SLOTS: tl.constexpr,
     BANDS: tl.constexpr,
     ASSEMBLIES: tl.constexpr,
@@ -197,31 +311,37 @@ def rescore_kernel(
     EXACT: tl.constexpr,
     EVEN_ROWS: tl.constexpr,
 ):
-    """Scores one chosen tile of rows against one query."""
-    query = tl.program_id(0) // k
-    tile = tl.load(tiles_ptr + tl.program_id(0).to(tl.int64))
-    rows = tile * TILE + tl.arange(0, TILE)
-    inside = rows < n
-    safe = tl.where(inside, rows, n - 1)
+    """Scores one chosen tile of rows against one query, by sums in place of a matrix product."""
+    query = (first_query + tl.program_id(0) // k).to(tl.int64)
+    place = tl.load(tiles_ptr + tl.program_id(0).to(tl.int64)) * TILE + tl.arange(0, TILE)
+    inside = place < n
+    rows = tl.where(inside, place, n - 1)
     score = tl.zeros((TILE,), tl.float32)
     for b in tl.static_range(len(BANDS)):
-        # fmt: off
-        score += _band_scores(
-            codes_ptr, safe, row_stride, queries_ptr, query, alpha_ptr, beta_ptr, tables_ptr, SLOTS, len(BANDS), b,
-            BANDS[b][0], BANDS[b][1], BANDS[b][2], BANDS[b][3], BANDS[b][4], BANDS[b][5],
-            tl.constexpr(ASSEMBLIES[b]),
-            TILE, 0, BLOCK_C, EXACT, EVEN_ROWS)
-        # fmt: on
-    score *= tl.load(scales_ptr + safe).to(tl.float32)
+        CONSTANTS: tl.constexpr = BANDS[b]
+        DTYPE: tl.constexpr = tl.float32 if EXACT else tl.int32
+        acc = tl.zeros((TILE,), DTYPE)
+        for start in range(0, CONSTANTS[1], BLOCK_C):
+            parts = _parts(
+                codes_ptr, rows, start, tables_ptr, ROW, b, CONSTANTS, tl.constexpr(ASSEMBLIES[b]), BLOCK_C, EVEN_ROWS
+            )
+            for p in tl.static_range(len(parts)):
+                slots = CONSTANTS[4] + start * len(parts) + p * BLOCK_C + tl.arange(0, BLOCK_C)
+                value = tl.load(values_ptr + query * SLOTS + slots)
+                acc += tl.sum(parts[p].to(DTYPE) * value.to(DTYPE)[None, :], axis=1)
+        alpha = tl.load(alpha_ptr + b * alpha_stride + query)
+        beta = tl.load(beta_ptr + b * alpha_stride + query)
+        score += acc.to(tl.float32) * alpha + beta
+    bias = tl.where(inside, 0.0, float("-inf"))
     if HAS_BIAS:
-        score += tl.load(bias_ptr + safe).to(tl.float32)
+        bias += tl.load(bias_ptr + rows).to(tl.float32)
     if HAS_MASK:
-        inside = inside & (tl.load(mask_ptr + safe) != 0)
-    score = tl.where(inside, score, float("-inf"))
+        bias = tl.where(tl.load(mask_ptr + rows) != 0, bias, float("-inf"))
+    score = score * tl.load(scales_ptr + rows).to(tl.float32) + bias
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), score)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def best_kernel(
     candidates_ptr,  # (q, k, TILE) float32
     tiles_ptr,  # (q, k) int64, the candidates' tiles
@@ -243,30 +363,33 @@ def best_kernel(
         scores = tl.where(place == at, float("-inf"), scores)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q", "dim", "alpha_stride"])
 def arrange_kernel(
     queries_ptr,  # (q, dim) float32, rotated
     slots_ptr,  # (SLOTS,) int32, the coordinate of each slot, dim where there is none
     steps_ptr,  # (bands, 2) float32: step and offset of each band
     values_ptr,  # (q, SLOTS) int8
-    alpha_ptr,  # (q, bands) float32
-    beta_ptr,  # (q, bands) float32
+    alpha_ptr,  # (bands, alpha_stride) float32
+    beta_ptr,  # (bands, alpha_stride) float32
+    q,
     dim,
+    alpha_stride,
     BANDS: tl.constexpr,
     ENDS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rounds one query to int8 in the order of the slots, a scale for each band."""
+    """Rounds one query to int8 in the order of the slots, a scale for each band; zeros where there is no query."""
     query = tl.program_id(0).to(tl.int64)
+    there = tl.where(query < q, dim, 0)  # coordinates
     for b in tl.static_range(len(ENDS)):
         slots = BANDS[b][4] + tl.arange(0, BLOCK)
         inside = slots < ENDS[b]
         coordinate = tl.load(slots_ptr + slots, mask=inside, other=dim)
-        value = tl.load(queries_ptr + query * dim + coordinate, mask=coordinate < dim, other=0.0)
+        value = tl.load(queries_ptr + query * dim + coordinate, mask=coordinate < there, other=0.0)
         scale = tl.max(tl.abs(value), axis=0) / 127.0
         rounded = tl.floor(value / tl.where(scale > 0.0, scale, 1.0) + 0.5)
         tl.store(values_ptr + query * SLOTS + slots, rounded.to(tl.int8), mask=inside)
         alpha = scale * tl.load(steps_ptr + 2 * b)
-        tl.store(alpha_ptr + query * len(ENDS) + b, alpha)
-        tl.store(beta_ptr + query * len(ENDS) + b, -alpha * tl.load(steps_ptr + 2 * b + 1) * tl.sum(rounded, axis=0))
+        tl.store(alpha_ptr + b * alpha_stride + query, alpha)
+        tl.store(beta_ptr + b * alpha_stride + query, -alpha * tl.load(steps_ptr + 2 * b + 1) * tl.sum(rounded, axis=0))

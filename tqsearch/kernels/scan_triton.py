@@ -1,10 +1,10 @@
 """`scan` in Triton: the top k of estimated scores, without writing the score matrix.
 
-Three steps. (1) One program for each tile of rows and of queries decodes the codes to int8 in registers, multiplies
-them with int8 queries on the tensor cores, and writes one number: the tile's best score for each query. (2) The k tiles
-of largest maximum hold the top k; `torch.topk` picks them. (3) Those tiles' rows are scored once more, by the same
-integer arithmetic, and the k best of them are the result. Where the tiles are not many times k, step 1 writes the
-scores themselves.
+Four steps. (1) Programs take tiles of rows and a block of queries, decode the codes to int8 in registers, multiply them
+with int8 queries on the tensor cores, and write one number for each tile and query: the tile's best score. (2) The k
+tiles of largest maximum hold the top k. They are picked among the tiles of the k runs of tiles of largest maximum.
+(3) Those tiles' rows are scored once more, by the same integer arithmetic, and (4) the k best of them are the result.
+Where the tiles are not many times k, step 1 writes the scores themselves.
 
 Trellis codes (`trellis_triton`) go through the same steps: their columns are loaded and decoded in another way.
 
@@ -18,41 +18,39 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
-from tqsearch.kernels import trellis_triton
-from tqsearch.kernels.bands import BandTable, along_trellis
-from tqsearch.kernels.decode_triton import COLUMN_DIMS, assembly, slot_dims
+from tqsearch.kernels.bands import BandTable
+from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
-from tqsearch.kernels.scan_kernels_triton import arrange_kernel, best_kernel, rescore_kernel, scan_kernel
-from tqsearch.plan import planes_of
-from tqsearch.trellis import row_bytes
+from tqsearch.kernels.scan_cuts import GLUON, Config, config_for, gluon_fits
+from tqsearch.kernels.scan_kernels_triton import (
+    arrange_kernel,
+    best_kernel,
+    choose_kernel,
+    group_kernel,
+    rescore_kernel,
+    scan_kernel,
+)
+from tqsearch.kernels.scan_layout import INTERPRETED, Layout, entries, layout_of
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-TILE = 128  # rows a program scores, and of which it keeps one maximum
-_BEST_K = 32  # the largest k whose best candidates one program picks
+_FEW = 32  # the largest k whose best tiles and rows one program picks
 
-
-class Config(NamedTuple):
-    """How a step is cut: queries a program, columns a step of its loop, warps, stages of the software pipeline."""
-
-    block_q: int
-    block_c: int
-    num_warps: int
-    num_stages: int
+_launch_arrange, _launch_scan, _launch_group, _launch_choose, _launch_rescore, _launch_best = map(
+    Launcher, (arrange_kernel, scan_kernel, group_kernel, choose_kernel, rescore_kernel, best_kernel)
+)
 
 
 class Arranged(NamedTuple):
     """Queries as the kernels read them.
 
     Attributes:
-        values: (q, slots) int8 (float32 when exact), each band's coordinates in the order of its parts, zeros where
-            none is.
-        alpha: (q, bands) float32, what a band's product is multiplied by.
-        beta: (q, bands) float32, what is then added.
+        values: (more than q, slots) int8 (float32 when exact), each band's coordinates in the order of its parts,
+            zeros where none is, and in rows from q on.
+        alpha: (bands, more than q) float32, what a band's product is multiplied by.
+        beta: (bands, more than q) float32, what is then added.
     """
 
     values: Tensor
@@ -60,161 +58,60 @@ class Arranged(NamedTuple):
     beta: Tensor
 
 
-class Layout(NamedTuple):
-    """How bands are cut into columns and slots.
+def _arrange(queries: Tensor, layout: Layout, exact: bool, beyond: int) -> Arranged:
+    """Rotated queries (q, d) float32 in the order of the slots, rounded to int8 unless exact; `beyond` more, zeros."""
+    (count, dim), bands, device = queries.shape, len(layout.bands), queries.device
+    rows = -(-(count + beyond) // 16) * 16
+    if exact:
+        padded = queries.new_zeros((rows, dim + 1))
+        padded[:count, :dim] = queries
+        return Arranged(padded[:, layout.slots], queries.new_ones((bands, rows)), queries.new_zeros((bands, rows)))
+    slots = len(layout.slots)
+    values = torch.empty((rows, slots), dtype=torch.int8, device=device)
+    alpha = torch.empty((bands, rows), dtype=torch.float32, device=device)
+    beta = torch.empty((bands, rows), dtype=torch.float32, device=device)
 
-    Attributes:
-        bands: what the kernels call BANDS.
-        assemblies: what they call ASSEMBLIES.
-        slots: (slots,) int32, the coordinate of each slot; the number of coordinates where there is none.
-        ends: the end of each band's slots.
-        tables: (bands, 256) int8, or float32 when exact.
-        steps: (bands, 2) float32, each band's step and offset; see `BandTable`.
-    """
+    def constants() -> dict[str, object]:
+        widest = max(end - band[4] for end, band in zip(layout.ends, layout.bands, strict=True))
+        return {
+            "BANDS": layout.bands,
+            "ENDS": layout.ends,
+            "SLOTS": slots,
+            "BLOCK": triton.next_power_of_2(widest),
+        }
 
-    bands: tuple[tuple[int, int, int, int, int, int], ...]
-    assemblies: tuple[str, ...]
-    slots: Tensor
-    ends: tuple[int, ...]
-    tables: Tensor
-    steps: Tensor
+    queries = queries.contiguous()
+    _launch_arrange(
+        (rows, 1, 1),
+        (layout.serial, *variant((queries,), ())),
+        (queries, layout.slots, layout.steps, values, alpha, beta, count, dim, rows),
+        constants,
+        num_warps=4,
+    )
+    return Arranged(values, alpha, beta)
 
 
 @lru_cache(maxsize=64)
-def _layout(
-    bands: tuple[tuple[int, int, str, tuple[float, ...], float, float], ...],
-    block_c: int,
-    exact: bool,
-    aligned: bool,
-    device: torch.device,
-) -> Layout:
-    """The layout of bands given as (size, width, codec, integers or levels by number, step, offset)."""
-    assembled = not (exact or INTERPRETED or torch.version.cuda is None)
-    on_path = [(size, width) for size, width, codec, *_ in bands if codec == "trellis"]
-    if on_path:
-        whole = all(size % 32 == 0 for size, _ in on_path)
-    else:
-        whole = all(size * p % (8 * block_c) == 0 for size, width, *_ in bands for p in planes_of(width))
-    quad = assembled and aligned and whole
-    dim = sum(size for size, *_ in bands)
-    constants, assemblies, slots, tables = [], [], [], []
-    first, slot = 0, 0
-    path, f_plane, byte = 0, -(-sum(size for size, _ in on_path) // 8), row_bytes(on_path)
-    for size, width, codec, values, _, _ in bands:
-        if codec == "trellis":
-            columns = -(-size // 8)
-            constants.append((width, columns, path, f_plane, slot, trellis_triton.masks(width)))
-            assemblies.append(trellis_triton.assembly(width) if quad else "")
-            dims = trellis_triton.slot_dims(-(-columns // block_c) * block_c, quad)
-            path += columns
-            f_plane += columns * (width - 1)
-        elif width:
-            columns = -(-size // COLUMN_DIMS[width])
-            padded = -(-columns // block_c) * block_c
-            planes = [-(-size * plane // 8) for plane in planes_of(width)]
-            constants.append((width, columns, byte, planes[0], slot, 0))
-            assemblies.append(assembly(width, [int(v) for v in values], quad) if assembled else "")
-            dims = slot_dims(width, padded, quad)
-            byte += sum(planes)
-        if width:
-            dims = dims.reshape(len(dims), -1, block_c).transpose(1, 0, 2).ravel()  # chunk by chunk, part by part
-            slots.append(np.where(dims < size, first + dims, dim))
-            tables.append(np.pad(np.array(values, np.float32 if exact else np.int8), (0, 256 - len(values))))
-            slot += len(dims)
-        first += size
-    return Layout(
-        tuple(constants),
-        tuple(assemblies),
-        torch.from_numpy(np.concatenate(slots).astype(np.int32)).to(device),
-        tuple(np.cumsum([len(part) for part in slots]).tolist()),
-        torch.from_numpy(np.stack(tables)).to(device),
-        torch.tensor([[step, offset] for _, width, _, _, step, offset in bands if width], device=device),
-    )
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _arrange(queries: Tensor, layout: Layout, exact: bool) -> Arranged:
-    """Rotated queries (q, d) float32 in the order of the slots, rounded to int8 unless exact."""
-    count, bands = len(queries), len(layout.bands)
-    if exact:
-        padded = torch.cat([queries, queries.new_zeros((count, 1))], dim=1)
-        return Arranged(padded[:, layout.slots], queries.new_ones((count, bands)), queries.new_zeros((count, bands)))
-    slots = len(layout.slots)
-    values = torch.empty((count, slots), dtype=torch.int8, device=queries.device)
-    factors = torch.empty((2, count, bands), dtype=torch.float32, device=queries.device)
-    widest = max(end - band[4] for end, band in zip(layout.ends, layout.bands, strict=True))
-    arrange_kernel[(count,)](
-        queries.contiguous(),
-        layout.slots,
-        layout.steps,
-        values,
-        factors[0],
-        factors[1],
-        queries.shape[1],
-        BANDS=layout.bands,
-        ENDS=layout.ends,
-        SLOTS=slots,
-        BLOCK=triton.next_power_of_2(widest),
-        num_warps=4,
-    )
-    return Arranged(values, factors[0], factors[1])
+@lru_cache(maxsize=64)
+def _has_wgmma(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU of compute capability 9.0."""
+    compiled = device.type == "cuda" and torch.version.cuda is not None and not INTERPRETED
+    return compiled and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-# Chosen on an H200 among twelve cuts a row; by the widest band's width and the queries a program, up to so many.
-_CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
-    1: ((16, Config(16, 128, 4, 3)), (64, Config(64, 128, 4, 2)), (128, Config(128, 128, 4, 2))),
-    2: ((16, Config(16, 64, 4, 3)), (64, Config(64, 64, 4, 3)), (128, Config(128, 64, 4, 3))),
-    3: ((16, Config(16, 64, 4, 3)), (64, Config(64, 32, 4, 3)), (128, Config(128, 32, 4, 2))),
-    4: (
-        (1, Config(16, 128, 8, 3)),
-        (16, Config(16, 128, 4, 3)),
-        (64, Config(64, 64, 4, 3)),
-        (128, Config(128, 128, 4, 2)),
-    ),
-    6: ((16, Config(16, 64, 4, 3)), (64, Config(64, 32, 4, 3)), (128, Config(128, 32, 4, 2))),
-    8: ((16, Config(16, 64, 4, 3)), (64, Config(64, 64, 4, 3)), (128, Config(128, 64, 4, 3))),
-}
-# Of several bands: two accumulators are alive, and whatever is wider spills registers.
-_SEVERAL = ((16, Config(16, 32, 8, 3)), (32, Config(32, 32, 8, 2)))
-_EXACT = Config(16, 32, 4, 2)
+@lru_cache(maxsize=1)
+def _gluon_launcher() -> Launcher:
+    from tqsearch.kernels.scan_gluon import gluon_scan_kernel  # experimental in Triton: imported where it is used
 
-
-# The same along a trellis.
-_TRELLIS_CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
-    1: ((16, Config(16, 128, 4, 2)), (64, Config(64, 64, 4, 2)), (128, Config(128, 32, 4, 2))),
-    2: ((16, Config(16, 32, 4, 3)), (64, Config(64, 32, 4, 3)), (128, Config(128, 32, 4, 2))),
-    3: ((16, Config(16, 32, 4, 3)), (64, Config(64, 64, 4, 2)), (128, Config(128, 32, 4, 2))),
-    4: ((16, Config(16, 32, 4, 3)), (64, Config(64, 64, 4, 2)), (128, Config(128, 32, 4, 2))),
-}
-
-
-def config_for(queries: int, bands: tuple[BandTable, ...], exact: bool) -> Config:
-    """How a scan of so many queries is cut; the columns a step divide the planes' bytes where 32 or more can."""
-    if exact:
-        return _EXACT
-    along = along_trellis(bands)
-    widest = max(band.width for band in bands if band.codec == "trellis" or not along)
-    choices = (_TRELLIS_CONFIGS if along else _CONFIGS)[widest]
-    if sum(band.width > 0 for band in bands) > 1:
-        choices = _SEVERAL
-    config = next((config for most, config in choices if queries <= most), choices[-1][1])
-    planes = [band.size // 8 for band in bands if band.codec == "trellis"]
-    if not along:
-        planes = [band.size * plane // 8 for band in bands for plane in planes_of(band.width)]
-    whole = next((c for c in (128, 64, 32) if c <= config.block_c and all(plane % c == 0 for plane in planes)), None)
-    return config._replace(block_c=whole or min(config.block_c, 32 if along else 64))
-
-
-def _entries(band: BandTable, exact: bool) -> tuple[tuple[float, ...], float, float]:
-    """What a band's table holds, and what its products are multiplied by and less of: step and offset."""
-    if exact:
-        return tuple(band.levels.tolist()), band.step, band.offset
-    if band.codec == "trellis":
-        return trellis_triton.steps(band.width), band.step, trellis_triton.offset(band.width)
-    return band.steps, band.step, band.offset
+    return Launcher(gluon_scan_kernel)
 
 
 class Scanner:
-    """One batch of queries over one run of rows: the steps of `scan`, with all that they share."""
+    """One batch of queries over a run of rows: the steps of `scan`, with all that they share."""
 
     def __init__(
         self,
@@ -226,65 +123,145 @@ class Scanner:
         bands: tuple[BandTable, ...],
         exact: bool,
         config: Config | None = None,
+        gluon: bool = False,
     ) -> None:
-        self.packed, self.scales, self.bias, self.exact = packed, scales, bias, exact
-        self.mask = None if mask is None else mask.view(torch.uint8)
-        self.config = config or config_for(len(queries), bands, exact)
-        key = tuple((b.size, b.width, b.codec, *_entries(b, exact)) for b in bands)
+        self.rows, self.device, self.exact = len(packed), packed.device, exact
+        self._gluon = gluon
+        self.config = config = config or (GLUON if gluon else config_for(len(queries), bands, exact))
+        key = tuple([(b.size, b.width, b.codec, *entries(b, exact)) for b in bands])
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
-        self.layout = _layout(key, self.config.block_c, exact, aligned, packed.device)
-        self.queries = _arrange(queries, self.layout, exact)
+        self.layout = layout = layout_of(key, config.block_c, exact, aligned, packed.device)
+        values, alpha, beta = _arrange(queries, layout, exact, config.block_q)
+        none = layout.tables
+        self._operands = (
+            packed,
+            scales,
+            none if bias is None else bias,
+            none if mask is None else mask.view(torch.uint8),
+            values,
+            alpha,
+            beta,
+            none,
+        )
+        self._alpha_stride = alpha.shape[1]
+        self._row, self._has_bias, self._has_mask = packed.stride(0), bias is not None, mask is not None
+        self._key = (layout.serial, config, self._row, self._has_bias, self._has_mask, *variant(self._operands[:4], ()))
 
-    def _shared(self, queries: slice, rows: slice) -> tuple[tuple[object, ...], dict[str, object]]:
-        columns: tuple[Tensor | None, ...] = (self.packed, self.scales, self.bias, self.mask)
-        parts = tuple(self.queries)
-        if rows != slice(0, len(self.packed)):  # views are not free: a search by few queries is bound by the host
-            columns = tuple(None if column is None else column[rows] for column in columns)
-        if queries != slice(0, len(parts[0])):
-            parts = tuple(part[queries] for part in parts)
-        none = self.layout.tables
-        arguments = (*(none if column is None else column for column in columns), *parts, none)
-        constants = {
-            "SLOTS": self.queries.values.shape[1],
+    def _constants(self) -> dict[str, object]:
+        row, config = self._row, self.config
+        return {
+            "ROW": row,
+            "SLOTS": len(self.layout.slots),
             "BANDS": self.layout.bands,
             "ASSEMBLIES": self.layout.assemblies,
-            "TILE": TILE,
-            "BLOCK_C": self.config.block_c,
-            "HAS_BIAS": self.bias is not None,
-            "HAS_MASK": self.mask is not None,
+            "TILE": config.tile,
+            "BLOCK_C": config.block_c,
+            "HAS_BIAS": self._has_bias,
+            "HAS_MASK": self._has_mask,
             "EXACT": self.exact,
-            "EVEN_ROWS": self.packed.stride(0) % 2 == 0 and all(band[2] % 2 == 0 for band in self.layout.bands),
-            "num_warps": self.config.num_warps,
+            "EVEN_ROWS": row % 2 == 0 and all(band[2] % 2 == 0 for band in self.layout.bands),
         }
-        return arguments, constants
 
-    def score(self, queries: slice, rows: slice, maxima: bool) -> Tensor:
-        """Step 1: (q, tiles) maxima, or (q, rows) scores, float32."""
-        count, n = queries.stop - queries.start, rows.stop - rows.start
-        tiles = -(-n // TILE)
-        out = torch.empty((count, tiles if maxima else n), dtype=torch.float32, device=self.packed.device)
-        arguments, constants = self._shared(queries, rows)
-        grid = (tiles * -(-count // self.config.block_q),)
-        scan_kernel[grid](
-            *arguments,
-            out,
-            n,
-            count,
-            self.packed.stride(0),
-            out.stride(0),
-            BLOCK_Q=self.config.block_q,
-            MAXIMA=maxima,
-            num_stages=self.config.num_stages,
-            **constants,
-        )
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def scores(self, queries: slice, rows: slice) -> Tensor:
+        """(q, rows) float32."""
+        out = self._empty(queries.stop - queries.start, rows.stop - rows.start)
+        self._scan(queries, rows, out, False)
         return out
 
-    def rescore(self, queries: slice, tiles: Tensor) -> Tensor:
-        """Step 3: (q, k * TILE) float32, the scores of the rows of chosen tiles (q, k) int64."""
-        out = torch.empty((tiles.shape[0], tiles.shape[1] * TILE), dtype=torch.float32, device=self.packed.device)
-        arguments, constants = self._shared(queries, slice(0, len(self.packed)))
-        rescore_kernel[(tiles.numel(),)](
-            *arguments, tiles, out, len(self.packed), tiles.shape[1], self.packed.stride(0), **constants
+    def maxima(self, queries: slice) -> Tensor:
+        """Step 1: the best score of each tile, (q, tiles) float32."""
+        out = self._empty(queries.stop - queries.start, -(-self.rows // self.config.tile))
+        self._scan(queries, slice(0, self.rows), out, True)
+        return out
+
+    def _scan(self, queries: slice, rows: slice, out: Tensor, maxima: bool) -> None:
+        (count, stride), n, config = out.shape, rows.stop - rows.start, self.config
+        blocks, tiles = -(-count // config.block_q), -(-n // config.tile)
+        programs = tiles
+        if config.programs:
+            programs = max(1, min(tiles, _processors(self.device) * config.programs // blocks))
+        if self._gluon and maxima:
+            self._scan_in_gluon(programs * blocks, out, n, queries.start, programs)
+            return
+        _launch_scan(
+            (programs * blocks, 1, 1),
+            (maxima, *self._key),
+            (*self._operands, out, rows.start, n, queries.start, count, self._alpha_stride, stride, programs),
+            lambda: {
+                "BLOCK_Q": config.block_q,
+                "STAGES": config.num_stages,
+                "RESIDENT": config.resident,
+                "MANY": config.programs > 0,
+                "MAXIMA": maxima,
+                **self._constants(),
+            },
+            num_warps=config.num_warps,
+        )
+
+    def _scan_in_gluon(self, grid: int, out: Tensor, n: int, first_query: int, programs: int) -> None:
+        config, (count, stride) = self.config, out.shape
+        width, columns = self.layout.bands[0][:2]
+        _gluon_launcher()(
+            (grid, 1, 1),
+            self._key,
+            (*self._operands[:7], out, n, first_query, count, stride, programs),
+            lambda: {
+                "ROW": self._row,
+                "SLOTS": len(self.layout.slots),
+                "WIDTH": width,
+                "COLUMNS": columns,
+                "ASSEMBLY": self.layout.assemblies[0],
+                "TILE": config.tile,
+                "BLOCK_Q": config.block_q,
+                "BLOCK_C": config.block_c,
+                "STAGES": config.num_stages,
+                "HAS_BIAS": self._has_bias,
+                "HAS_MASK": self._has_mask,
+                "WARPS": config.num_warps,
+            },
+            num_warps=config.num_warps,
+        )
+
+    def choose(self, maxima: Tensor, k: int) -> Tensor:
+        """Step 2: the k tiles of largest maximum, (q, k) int64."""
+        if k > _FEW:
+            return torch.topk(maxima, k, dim=1).indices
+        count, tiles = maxima.shape
+        group = max(64, triton.next_power_of_2(tiles // 4096))
+        ends = -(-tiles // group)
+        groups = self._empty(count, ends)
+        chosen = torch.empty((count, k), dtype=torch.int64, device=self.device)
+        block = 4096 // group
+        _launch_group(
+            (count * -(-ends // block), 1, 1),
+            (group, self.device),
+            (maxima, groups, tiles, ends),
+            lambda: {"GROUP": group, "BLOCK": block},
+            num_warps=4,
+        )
+        spans, most = max(16, triton.next_power_of_2(ends)), max(2, triton.next_power_of_2(k))
+        _launch_choose(
+            (count, 1, 1),
+            (group, spans, most, self.device),
+            (maxima, groups, chosen, k, tiles, ends),
+            lambda: {"GROUP": group, "GROUPS": spans, "K": most},
+            num_warps=4,
+        )
+        return chosen
+
+    def rescore(self, first_query: int, tiles: Tensor) -> Tensor:
+        """Step 3: (q, k * tile) float32, the scores of the rows of chosen tiles (q, k) int64."""
+        count, k = tiles.shape
+        out = self._empty(count, k * self.config.tile)
+        _launch_rescore(
+            (count * k, 1, 1),
+            (*self._key, *variant((tiles,), ())),
+            (*self._operands, tiles, out, first_query, self.rows, k, self._alpha_stride),
+            self._constants,
+            num_warps=4,
         )
         return out
 
@@ -304,13 +281,15 @@ def scan(
     k = min(k, n)
     if count == 0 or n == 0:
         return queries.new_empty((count, k)), torch.empty((count, k), dtype=torch.int64, device=packed.device)
-    scanner = Scanner(queries, packed, scales, bias, mask, bands, precision == "exact")
+    gluon = _has_wgmma(packed.device) and precision != "exact" and gluon_fits(count, bands) and n >= 4 * k * GLUON.tile
+    gluon = gluon and packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
+    scanner = Scanner(queries, packed, scales, bias, mask, bands, precision == "exact", gluon=gluon)
     floats = _numbers_held(packed)
-    tiles = -(-n // TILE)
+    tiles = -(-n // scanner.config.tile)
     if tiles < 4 * k:
-        parts = [_top_of_scores(scanner, part, k, floats) for part in _split(count, max(1, floats // min(n, 1 << 16)))]
+        parts = [_top_of_scores(scanner, part, k, floats) for part in _split(count, max(16, floats // min(n, 1 << 16)))]
     else:
-        parts = [_top_of_tiles(scanner, part, k, floats) for part in _split(count, max(1, floats // tiles))]
+        parts = [_top_of_tiles(scanner, part, k, floats) for part in _split(count, max(16, floats // tiles))]
     scores, rows = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
     return scores, rows
 
@@ -332,8 +311,8 @@ def _split(count: int, most: int) -> list[slice]:
 def _top_of_scores(scanner: Scanner, queries: slice, k: int, floats: int) -> tuple[Tensor, Tensor]:
     count = queries.stop - queries.start
     best = None
-    for part in _split(len(scanner.packed), max(TILE, floats // count)):
-        scores, rows = torch.topk(scanner.score(queries, part, False), min(k, part.stop - part.start), dim=1)
+    for part in _split(scanner.rows, max(scanner.config.tile, floats // count)):
+        scores, rows = torch.topk(scanner.scores(queries, part), min(k, part.stop - part.start), dim=1)
         found = (scores, rows + part.start)
         best = found if best is None else merge_top_k(*best, *found, k)
     assert best is not None
@@ -341,32 +320,36 @@ def _top_of_scores(scanner: Scanner, queries: slice, k: int, floats: int) -> tup
 
 
 def _top_of_tiles(scanner: Scanner, queries: slice, k: int, floats: int) -> tuple[Tensor, Tensor]:
-    maxima = scanner.score(queries, slice(0, len(scanner.packed)), True)
-    chosen = torch.topk(maxima, k, dim=1).indices
+    chosen = scanner.choose(scanner.maxima(queries), k)
+    tile = scanner.config.tile
     scores, rows = [], []
-    for part in _split(len(chosen), max(1, floats // (k * TILE))):
-        tiles = chosen[part]
-        candidates = scanner.rescore(slice(queries.start + part.start, queries.start + part.stop), tiles)
-        top, row = _best(candidates, tiles) if k <= _BEST_K else _sorted(candidates, tiles)
+    for part in _split(len(chosen), max(1, floats // (k * tile))):
+        tiles = chosen if part == slice(0, len(chosen)) else chosen[part]
+        candidates = scanner.rescore(queries.start + part.start, tiles)
+        top, row = _best(candidates, tiles, tile) if k <= _FEW else _sorted(candidates, tiles, tile)
         scores.append(top)
         rows.append(row)
     return (scores[0], rows[0]) if len(rows) == 1 else (torch.cat(scores), torch.cat(rows))
 
 
-def _best(candidates: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """The top k of candidates (q, k * TILE) of tiles (q, k), k at most _BEST_K: scores and rows, -1 where -inf."""
+def _best(candidates: Tensor, tiles: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """The top k of candidates (q, k * tile) of tiles (q, k), k at most _FEW: scores and rows, -1 where -inf."""
     count, k = tiles.shape
     scores = torch.empty((count, k), dtype=torch.float32, device=tiles.device)
     rows = torch.empty_like(tiles)
-    block = triton.next_power_of_2(k * TILE)
-    best_kernel[(count,)](
-        candidates, tiles, scores, rows, k, TILE=TILE, BLOCK=block, num_warps=max(1, min(8, block // 256))
+    block = triton.next_power_of_2(k * tile)
+    _launch_best(
+        (count, 1, 1),
+        (tile, block, tiles.device, *variant((tiles,), ())),
+        (candidates, tiles, scores, rows, k),
+        lambda: {"TILE": tile, "BLOCK": block},
+        num_warps=max(1, min(8, block // 256)),
     )
     return scores, rows
 
 
-def _sorted(candidates: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
+def _sorted(candidates: Tensor, tiles: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     """`_best` for any k."""
     scores, place = torch.topk(candidates, tiles.shape[1], dim=1)
-    rows = tiles.gather(1, place // TILE) * TILE + place % TILE
+    rows = tiles.gather(1, place // tile) * tile + place % tile
     return scores, rows.masked_fill(scores == -math.inf, -1)

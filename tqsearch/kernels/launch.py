@@ -1,0 +1,65 @@
+"""Launching a compiled Triton kernel again at little cost to the host.
+
+At each launch Triton hashes every argument, constants of a hundred words among them, to find the variant to run: longer
+than a short kernel runs. Here the caller names the variant by a key of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+MOST = 1024  # variants kept of a kernel
+
+
+class Launcher:
+    """A kernel, and its compiled variants by key.
+
+    Args:
+        kernel: a `triton.jit` function whose constants come last.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._known: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        key: Hashable,
+        arguments: tuple[Any, ...],
+        constants: Callable[[], dict[str, Any]],
+        **options: Any,
+    ) -> None:
+        """Launches the kernel on the current stream.
+
+        Args:
+            grid: programs.
+            key: equal keys, equal constants, options and device, and arguments for which Triton compiles one variant:
+                see `variant`.
+            arguments: all that are not constant, in order.
+            constants: makes those, by name; called when the key is new.
+            **options: of the compiler.
+        """
+        known = self._known.get(key)
+        if known is not None:
+            known[0][grid](*arguments, *known[1])
+            return
+        made = constants()
+        compiled = self._kernel[grid](*arguments, **made, **options)
+        if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+            if len(self._known) >= MOST:
+                self._known.clear()
+            names = self._kernel.arg_names[len(arguments) :]
+            self._known[key] = (compiled, tuple(made[name] for name in names))
+
+
+def variant(tensors: Sequence[Tensor], numbers: Sequence[int]) -> tuple[Hashable, ...]:
+    """What of tensors, and of the integers that a kernel specializes on, Triton compiles variants for."""
+    return (
+        *[(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors],
+        *[-1 if number == 1 else number % 16 + (number >> 31 << 4) for number in numbers],
+    )

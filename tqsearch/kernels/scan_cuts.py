@@ -1,0 +1,131 @@
+"""How a scan is cut into programs and steps: the choices, by width and number of queries."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tqsearch.kernels.bands import BandTable, along_trellis, row_bytes
+from tqsearch.plan import planes_of
+
+
+class Config(NamedTuple):
+    """How a scan is cut.
+
+    Attributes:
+        block_q: queries a program.
+        block_c: columns a step.
+        tile: rows a step; of a tile one maximum is kept.
+        num_warps: of a program.
+        num_stages: of the software pipeline.
+        programs: for each multiprocessor, each of which takes many tiles; 0: a program for each tile.
+        resident: whether a program's queries stay in shared memory while it goes through its tiles.
+    """
+
+    block_q: int
+    block_c: int
+    tile: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    resident: bool
+
+
+# Chosen on an H200; by the widest band's width and the queries, up to so many.
+_CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
+    1: (
+        (8, Config(8, 128, 64, 2, 3, 8, True)),
+        (16, Config(16, 128, 128, 2, 3, 4, True)),
+        (64, Config(64, 128, 128, 4, 3, 2, True)),
+        (128, Config(128, 64, 256, 8, 2, 1, True)),
+    ),
+    2: (
+        (8, Config(8, 128, 64, 2, 3, 4, True)),
+        (16, Config(16, 128, 64, 2, 3, 4, True)),
+        (64, Config(64, 128, 128, 4, 2, 2, True)),
+        (128, Config(64, 64, 128, 4, 2, 2, True)),
+    ),
+    3: (
+        (16, Config(16, 64, 64, 4, 3, 3, True)),
+        (64, Config(64, 32, 128, 4, 3, 0, False)),
+        (128, Config(128, 32, 128, 8, 2, 1, True)),
+    ),
+    4: (
+        (8, Config(8, 128, 128, 4, 3, 0, False)),
+        (16, Config(16, 128, 128, 4, 3, 0, False)),
+        (64, Config(64, 64, 128, 4, 3, 0, False)),
+        (128, Config(128, 64, 128, 4, 3, 2, False)),
+    ),
+    6: (
+        (16, Config(16, 64, 128, 4, 3, 0, False)),
+        (64, Config(64, 32, 128, 4, 3, 0, False)),
+        (128, Config(128, 32, 128, 4, 2, 0, False)),
+    ),
+    8: (
+        (16, Config(16, 64, 128, 4, 3, 0, False)),
+        (64, Config(64, 64, 128, 4, 3, 0, False)),
+        (128, Config(128, 64, 128, 4, 3, 0, False)),
+    ),
+}
+# The same along a trellis.
+_TRELLIS_CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
+    1: (
+        (16, Config(16, 128, 128, 4, 2, 0, False)),
+        (64, Config(64, 64, 128, 4, 2, 0, False)),
+        (128, Config(128, 32, 128, 4, 2, 0, False)),
+    ),
+    2: (
+        (16, Config(16, 32, 128, 4, 3, 0, False)),
+        (64, Config(64, 32, 128, 4, 3, 0, False)),
+        (128, Config(128, 32, 128, 4, 2, 0, False)),
+    ),
+    3: (
+        (16, Config(16, 32, 128, 4, 3, 0, False)),
+        (64, Config(64, 64, 128, 4, 2, 0, False)),
+        (128, Config(128, 32, 128, 4, 2, 0, False)),
+    ),
+    4: (
+        (16, Config(16, 32, 128, 4, 3, 0, False)),
+        (64, Config(64, 64, 128, 4, 2, 0, False)),
+        (128, Config(128, 32, 128, 4, 2, 0, False)),
+    ),
+}
+# Of several bands: two accumulators are alive, and whatever is wider spills registers.
+_SEVERAL = ((16, Config(16, 32, 128, 8, 3, 0, False)), (32, Config(32, 32, 128, 8, 2, 0, False)))
+_EXACT = Config(16, 16, 128, 8, 2, 0, False)  # small steps: they are unrolled, and compile in proportion
+_SHARED = 200_000  # bytes of shared memory that queries and codes may take
+GLUON = Config(128, 64, 256, 8, 4, 1, True)
+
+
+def config_for(queries: int, bands: tuple[BandTable, ...], exact: bool) -> Config:
+    """How a scan of so many queries is cut; the columns a step divide the planes' bytes where 32 or more can."""
+    if exact:
+        return _EXACT
+    along = along_trellis(bands)
+    widest = max(band.width for band in bands if band.codec == "trellis" or not along)
+    choices = (_TRELLIS_CONFIGS if along else _CONFIGS)[widest]
+    if sum(band.width > 0 for band in bands) > 1:
+        choices = _SEVERAL
+    config = next((config for most, config in choices if queries <= most), choices[-1][1])
+    planes = [band.size // 8 for band in bands if band.codec == "trellis"]
+    if not along:
+        planes = [band.size * plane // 8 for band in bands for plane in planes_of(band.width)]
+    whole = next((c for c in (128, 64, 32) if c <= config.block_c and all(plane % c == 0 for plane in planes)), None)
+    config = config._replace(block_c=whole or min(config.block_c, 32 if along else 64))
+    coordinates, row = sum(band.size for band in bands), row_bytes(bands)
+    if config.resident and config.block_q * coordinates + config.num_stages * config.tile * row > _SHARED:
+        return config._replace(resident=False, tile=128, num_warps=4, num_stages=3, programs=0)
+    return config
+
+
+def gluon_fits(queries: int, bands: tuple[BandTable, ...]) -> bool:
+    """Whether `gluon_scan_kernel` is the faster one, cut by GLUON, where it runs."""
+    size, width = bands[0].size, bands[0].width
+    codes = GLUON.num_stages * GLUON.tile * GLUON.block_c
+    return (
+        queries > 64
+        and len(bands) == 1
+        and bands[0].codec == "scalar"
+        and width in (1, 2)
+        and size * width % (8 * GLUON.block_c) == 0
+        and GLUON.block_q * size + codes <= _SHARED
+    )
