@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tqsearch.kernels.attention_products_triton import float_product
 from tqsearch.kernels.bands import BandTable
 from tqsearch.plan import planes_of
 
-TOKENS = 32  # of a program
+TOKENS = 16  # of a program
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def append_kernel(
                 mask=inside[None, :] & (columns < DIM)[:, None],
                 other=0.0,
             )
-            rotated = tl.dot(states, rotation, input_precision="ieee")
+            rotated = float_product(states, rotation)
             codes = _code(rotated, boundaries_ptr + b * 256, BANDS[b][1])
             codes = tl.where(inside[None, :], codes, 0)
             level = tl.load(levels_ptr + b * 256 + codes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tqsearch.kernels.attention_products_triton import float_product
+
 
 @triton.jit(do_not_specialize=["heads", "group", "queries", "row_blocks"])
 def prepare(
@@ -30,10 +32,13 @@ def prepare(
     DK2: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Rotates R rows to CHUNK slots, and rounds them to |q| / 16256, which no coordinate exceeds: two digits."""
     WIDE: tl.constexpr = 16 if R < 16 else R
     COUNT: tl.constexpr = len(BANDS)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     task, chunk = tl.program_id(0), tl.program_id(1)
     pair = (task // row_blocks).to(tl.int64)
     batch, head = pair // heads, pair % heads
@@ -49,7 +54,7 @@ def prepare(
     query = query.to(tl.float32)
     norm = tl.sqrt(tl.sum(query * query, axis=1))
     unit = tl.where(norm > 0.0, 16256.0, 0.0) / tl.where(norm > 0.0, norm, 1.0)
-    rounded = tl.floor(tl.dot(query, rotation, input_precision="tf32x3") * unit[:, None] + 0.5)
+    rounded = tl.floor(float_product(query, rotation) * unit[:, None] + 0.5)
     high = tl.floor(rounded * 0.0078125 + 0.5)
     low = rounded - high * 128.0
     into = digits_ptr + (task.to(tl.int64) * (2 * R) + 2 * slot)[:, None] * SLOTS + slots[None, :]
@@ -74,9 +79,7 @@ def prepare(
 
 @triton.jit(do_not_specialize=["heads", "group", "queries", "row_blocks", "runs"])
 def merge(
-    parts_ptr,  # (B H row blocks, runs, R, DV) float32; run 0 is dense, the others are rotated
-    top_ptr,  # (B H row blocks, runs, R) float32
-    total_ptr,  # the same
+    parts_ptr,  # (B H row blocks, runs, R, DV) float32; run 0 is dense, the others are rotated; then maxima and sums
     rotation_ptr,  # (DV, DV) float32
     s_aux_ptr,  # (Hq,)
     out_ptr,  # (B, Tq, Hq, DV)
@@ -92,8 +95,10 @@ def merge(
     SOME: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_AUX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Joins the runs of R rows by their log-sum-exp, and rotates CHUNK coordinates back."""
+    COPIES: tl.constexpr = 1 if R >= 16 else 16 // R  # of each row, for a matrix product needs 16
     task = tl.program_id(0)
     pair = task // row_blocks
     batch, head = pair // heads, pair % heads
@@ -101,42 +106,58 @@ def merge(
     columns = tl.arange(0, DV2)
     chunk = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     base = task.to(tl.int64) * runs
+    rows = tl.num_programs(0).to(tl.int64) * runs * R
+    tops_ptr, totals_ptr = parts_ptr + rows * DV, parts_ptr + rows * (DV + 1)
     rotation = tl.load(
         rotation_ptr + columns[:, None] * DV + chunk[None, :],
         mask=(columns < DV)[:, None] & (chunk < DV)[None, :],
         other=0.0,
     )
-    dense = tl.load(parts_ptr + (base * R + slot)[:, None] * DV + chunk[None, :], mask=(chunk < DV)[None, :], other=0.0)
+    if DEPENDENT:  # all above is older than this call
+        tl.extra.cuda.gdc_wait()
+    # All loads but those of many runs come before anything waits for one.
+    wide = tl.arange(0, R * COPIES)
+    row = wide // COPIES
+    dense = tl.load(parts_ptr + (base * R + row)[:, None] * DV + chunk[None, :], mask=(chunk < DV)[None, :], other=0.0)
+    dense_top = tl.load(tops_ptr + base * R + row)
+    run = 1 + tl.arange(0, SOME)
+    at = (base + run)[:, None] * R + slot[None, :]
+    held = (run < runs)[:, None] & (slot < R)[None, :]
+    some_tops = tl.load(tops_ptr + at, mask=held, other=float("-inf"))
+    inside = held[:, :, None] & (columns < DV)[None, None, :]
+    some = tl.load(parts_ptr + at[:, :, None] * DV + columns[None, None, :], mask=inside, other=0.0)
     every = tl.arange(0, RUNS2)
-    where = (base + tl.minimum(every, runs - 1))[:, None] * R + slot[None, :]
-    tops = tl.where((every < runs)[:, None], tl.load(top_ptr + where), float("-inf"))
+    where = (base + every)[:, None] * R + row[None, :]
+    tops = tl.load(tops_ptr + where, mask=(every < runs)[:, None], other=float("-inf"))
+    totals = tl.load(totals_ptr + where, mask=(every < runs)[:, None], other=0.0)
     top = tl.max(tops, axis=0)
+    lane = (task % row_blocks) * R + row
     if HAS_AUX:
-        row = tl.minimum((task % row_blocks) * R + slot, group * queries - 1)
-        aux = tl.load(s_aux_ptr + head * group + row // queries).to(tl.float32) * 1.4426950408889634
+        aux = tl.load(s_aux_ptr + head * group + tl.minimum(lane, group * queries - 1) // queries).to(tl.float32)
+        aux *= 1.4426950408889634
         top = tl.maximum(top, aux)
     top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.load(total_ptr + where) * tl.exp2(tops - top[None, :]), axis=0)
+    total = tl.sum(totals * tl.exp2(tops - top[None, :]), axis=0)
     if HAS_AUX:
         total += tl.exp2(aux - top)
-    dense *= tl.exp2(tl.load(top_ptr + base * R + slot) - top)[:, None]
-    # Several runs side by side, summed once at the end: nothing in the loop waits for anything but its loads.
-    sums = tl.zeros((SOME, R, DV2), tl.float32)
-    for start in range(1, runs, SOME):
-        run = start + tl.arange(0, SOME)
-        at = (base + tl.minimum(run, runs - 1))[:, None] * R + slot[None, :]
-        weight = tl.where((run < runs)[:, None], tl.exp2(tl.load(top_ptr + at) - top[None, :]), 0.0)
-        into = parts_ptr + at[:, :, None] * DV + columns[None, None, :]
-        sums += tl.load(into, mask=(columns < DV)[None, None, :], other=0.0) * weight[:, :, None]
-    rotated = tl.sum(sums, axis=0)
     inverse = tl.where(total > 0.0, 1.0, 0.0) / tl.where(total > 0.0, total, 1.0)
-    if R < 16:  # too few rows for a matrix product
-        back = tl.sum(rotated[:, :, None] * rotation[None, :, :], axis=1)
-    else:
-        back = tl.dot(rotated, rotation, input_precision="tf32x3")
-    lane = (task % row_blocks) * R + slot
-    out = (back + dense) * inverse[:, None]
+    highest = tl.max(tl.reshape(top, (R, COPIES)), axis=1)
+    # Several runs side by side, summed once at the end: nothing in the loop waits for anything but its loads.
+    sums = some * tl.exp2(some_tops - highest[None, :])[:, :, None]
+    for start in range(1 + SOME, runs, SOME):
+        run = start + tl.arange(0, SOME)
+        at = (base + run)[:, None] * R + slot[None, :]
+        held = (run < runs)[:, None] & (slot < R)[None, :]
+        weight = tl.exp2(tl.load(tops_ptr + at, mask=held, other=float("-inf")) - highest[None, :])
+        inside = held[:, :, None] & (columns < DV)[None, None, :]
+        sums += (
+            tl.load(parts_ptr + at[:, :, None] * DV + columns[None, None, :], mask=inside, other=0.0)
+            * weight[:, :, None]
+        )
+    rotated = tl.broadcast_to(tl.sum(sums, axis=0)[:, None, :], (R, COPIES, DV2))
+    back = float_product(tl.reshape(rotated, (R * COPIES, DV2)), rotation)
+    out = (back + dense * tl.exp2(dense_top - top)[:, None]) * inverse[:, None]
     place = (batch.to(tl.int64) * queries + lane % queries) * (heads * group) + head * group + lane // queries
     into = out_ptr + place[:, None] * DV + chunk[None, :]
-    held = (lane < group * queries)[:, None] & (chunk < DV)[None, :]
-    tl.store(into, out.to(out_ptr.dtype.element_ty), mask=held)
+    mask = (lane < group * queries)[:, None] & (wide % COPIES == 0)[:, None] & (chunk < DV)[None, :]
+    tl.store(into, out.to(out_ptr.dtype.element_ty), mask=mask)

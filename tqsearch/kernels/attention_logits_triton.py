@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tqsearch.kernels.attention_layout import band_keys, registers
 from tqsearch.kernels.attention_operands import Compressed
-from tqsearch.kernels.attention_products_triton import digits_joined, key_products
+from tqsearch.kernels.attention_products_triton import digits_joined, fill_registers, key_products
 from tqsearch.kernels.attention_triton import prepared
 
 
@@ -33,10 +34,12 @@ def logits_kernel(
     KEY_ROW: tl.constexpr,
     KEY_BANDS: tl.constexpr,
     KEY_ASSEMBLIES: tl.constexpr,
+    REGISTERS: tl.constexpr,
 ):
     """A block of tokens of one KV head, R rows of query heads and queries."""
     N: tl.constexpr = 2 * R
     COUNT: tl.constexpr = len(KEY_BANDS)
+    fill_registers(REGISTERS, tables_ptr, tables_ptr)
     task = tl.program_id(1)
     pair = (task // row_blocks).to(tl.int64)
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -97,6 +100,7 @@ def logits(query: Tensor, keys: Compressed, offset: Tensor | None, scaling: floa
             KEY_ROW=keys.packed.shape[3],
             KEY_BANDS=ready.cut.bands,
             KEY_ASSEMBLIES=ready.cut.assemblies,
+            REGISTERS=registers(band_keys(keys.bands)) if ready.cut.assemblies[0] else "",
             num_warps=4,
         )
     return out

@@ -9,42 +9,78 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tqsearch.kernels.attention_layout import ODD as ODD_BYTES
 from tqsearch.kernels.decode_triton import decode
 from tqsearch.kernels.scan_kernels_triton import columns_of
 
+ODD = tl.constexpr(ODD_BYTES)
+
 
 @triton.jit
-def _decode_bytes(
-    base, table_ptr, PLANE: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr, ASSEMBLY: tl.constexpr
+def float_product(a, b):
+    """a b of float32 by three products of the matrix units' short floats: relative rounding near 2^-21 an operand."""
+    a_high, b_high = _short(a), _short(b)
+    product = tl.dot(a - a_high, b_high, input_precision="tf32")
+    product = tl.dot(a_high, b - b_high, product, input_precision="tf32")
+    return tl.dot(a_high, b_high, product, input_precision="tf32")
+
+
+@triton.jit
+def _short(x):
+    """A float32 cut to the 10 bits that the matrix units multiply."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fill_registers(REGISTERS: tl.constexpr, first_ptr, second_ptr):
+    """Declares and fills the registers that the assemblies name; see `attention_layout.registers`."""
+    if REGISTERS != "":
+        addresses = [first_ptr.to(tl.int64), second_ptr.to(tl.int64)]
+        tl.inline_asm_elementwise(REGISTERS, "=r,l,l", addresses, tl.int32, False, 1)
+
+
+@triton.jit
+def _decode_words(
+    base,
+    table_ptr,
+    PLANE: tl.constexpr,
+    START: tl.constexpr,
+    STEP: tl.constexpr,
+    INNER: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
-    """3 bits by bytes of the 2-bit plane: four parts of (rows, STEP), where `decode` makes eight half as wide.
+    """3 bits by words: four parts of (rows, STEP), where `decode` makes eight half as wide.
 
-    base: (rows, 1) pointers to the band's rows. Each byte of the 1-bit plane goes with two of the 2-bit plane.
+    base: (rows, 1) pointers to the band's rows. STEP: bytes of the 2-bit plane. INNER: see `attention_layout`.
+    All inputs are loads, seen in other shapes: through anything else Triton carries no layout of the tensor cores.
     """
-    columns = START + tl.arange(0, STEP)
-    x = tl.load(base + columns[None, :])
+    columns = tl.arange(0, STEP)
+    x = tl.load(base + START + columns[None, :])
     y = tl.load(base + PLANE + START // 2 + tl.arange(0, STEP // 2)[None, :])
-    y = tl.broadcast_to(y[:, :, None], (y.shape[0], STEP // 2, 2))
-    y = tl.reshape(y, (y.shape[0], STEP))
-    if ASSEMBLY != "":
-        return tl.inline_asm_elementwise(
-            ASSEMBLY, "=r,=r,=r,=r,r,r", [x, y], (tl.int8, tl.int8, tl.int8, tl.int8), True, 4
-        )
-    else:
-        c = x.to(tl.int32)
-        b = (y.to(tl.int32) >> (2 * (columns % 2))[None, :]) << 2
-        return (
-            tl.load(table_ptr + ((c & 3) | (b & 4))),
-            tl.load(table_ptr + (((c >> 2) & 3) | ((b >> 1) & 4))),
-            tl.load(table_ptr + (((c >> 4) & 3) | ((b >> 4) & 4))),
-            tl.load(table_ptr + ((c >> 6) | ((b >> 5) & 4))),
-        )
+    ROWS: tl.constexpr = x.shape[0]
+    FOURS: tl.constexpr = STEP // 8
+    first, second = tl.split(tl.permute(tl.reshape(x, (ROWS, FOURS, 2, 4)), (0, 1, 3, 2)))
+    y = tl.reshape(y, (ROWS, FOURS, 4))
+    odd = tl.load(table_ptr + ODD + ((columns // 4 % 2) if INNER else (columns // (STEP // 2))))
+    # fmt: off
+    return tl.inline_asm_elementwise(
+        ASSEMBLY, "=r,=r,=r,=r,r,r,r,r", [_twice(first, INNER), _twice(second, INNER), _twice(y, INNER), odd[None, :]],
+        (tl.int8, tl.int8, tl.int8, tl.int8), True, 4)
+    # fmt: on
 
 
 @triton.jit
-def _side_by_side(parts, COLUMNS: tl.constexpr):
-    """Parts (rows, columns) in groups of depth 32 or more: neighbours concatenated along the columns."""
-    if COLUMNS >= 32 or len(parts) == 1:
+def _twice(x, INNER: tl.constexpr):
+    """Words (rows, n, 4) to (rows, 8 n): each twice in turn, or all and all again."""
+    AXIS: tl.constexpr = 2 if INNER else 1
+    SHAPE: tl.constexpr = (x.shape[0], x.shape[1], 2, 4) if INNER else (x.shape[0], 2, x.shape[1], 4)
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(x, AXIS), SHAPE), (x.shape[0], 8 * x.shape[1]))
+
+
+@triton.jit
+def _side_by_side(parts, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """Parts (rows, columns) in groups of that depth or more: neighbours concatenated along the columns."""
+    if COLUMNS >= DEPTH or len(parts) == 1:
         return parts
     else:
         rows: tl.constexpr = parts[0].shape[0]
@@ -52,7 +88,7 @@ def _side_by_side(parts, COLUMNS: tl.constexpr):
         for i in tl.static_range(len(parts) // 2):
             pair = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (0, 2, 1))
             wide += (tl.reshape(pair, (rows, 2 * COLUMNS)),)
-        return _side_by_side(wide, 2 * COLUMNS)
+        return _side_by_side(wide, 2 * COLUMNS, DEPTH)
 
 
 @triton.jit
@@ -63,21 +99,33 @@ def digits_joined(value):
 
 
 @triton.jit
-def _split_groups(value, GROUPS: tl.constexpr):
-    """(depth, columns, groups) to a tuple of (depth, columns); the group's low bit is taken by the first split."""
-    if GROUPS == 1:
-        # Triton 3.6 fails to compile a matrix product of a reshaped operand; the casts keep the two apart.
-        return (tl.reshape(value.to(tl.int16), (value.shape[0], value.shape[1])).to(tl.int8),)
-    elif GROUPS == 2:
-        return tl.split(value)
+def digits_side_by_side(high, low):
+    """Digits (tokens, r) to (tokens, 2 r), high and low in turn.
+
+    Bits 3 and 6 of a token's row lie in one thread's registers; they are joined last, so that the digits of four tokens
+    become a word.
+    """
+    BLOCK: tl.constexpr = high.shape[0]
+    R: tl.constexpr = high.shape[1]
+    if BLOCK < 128:
+        return tl.reshape(tl.join(high, low), (BLOCK, 2 * R))
     else:
-        even, odd = tl.split(tl.reshape(value, (value.shape[0], value.shape[1], GROUPS // 2, 2)))
-        evens = _split_groups(even, GROUPS // 2)
-        odds = _split_groups(odd, GROUPS // 2)
-        out = ()
-        for i in tl.static_range(GROUPS // 2):
-            out += (evens[i], odds[i])
-        return out
+        a, b, c, d = _four_tokens(high)
+        e, f, g, h = _four_tokens(low)
+        even = tl.join(tl.join(a, e), tl.join(b, f))
+        odd = tl.join(tl.join(c, g), tl.join(d, h))
+        wide = tl.permute(tl.join(even, odd), (0, 5, 1, 6, 2, 3, 4))
+        return tl.reshape(wide, (BLOCK, 2 * R))
+
+
+@triton.jit
+def _four_tokens(x):
+    """The tokens with bits 6 and 3 of their rows 00, 10, 01, 11: (BLOCK / 128, 4, 8, r) each."""
+    wide = tl.reshape(x, (x.shape[0] // 128, 2, 4, 2, 8, x.shape[1]))
+    low, high = tl.split(tl.permute(wide, (0, 2, 4, 5, 1, 3)))
+    a, b = tl.split(low)
+    c, d = tl.split(high)
+    return a, b, c, d
 
 
 @triton.jit
@@ -97,13 +145,13 @@ def _key_groups(
 ):
     """A step's groups of decoded coordinates, each (tokens, depth)."""
     if FORM == 2:
-        return _decode_bytes(codes_ptr + BYTE + tokens[:, None] * ROW, table_ptr, PLANE, START, STEP, ASSEMBLY)
+        return _decode_words(codes_ptr + BYTE + tokens[:, None] * ROW, table_ptr, PLANE, START, STEP, False, ASSEMBLY)
     else:
         columns = START + tl.arange(0, STEP)
         EVEN_ROWS: tl.constexpr = ROW % 2 == 0 and BYTE % 2 == 0
         valid = (columns < COLUMNS)[None, :]
         x, y = columns_of(codes_ptr, tokens, ROW, columns, valid, WIDTH, BYTE, PLANE, FORM == 1, EVEN_ROWS)
-        return _side_by_side(decode(x, y, table_ptr, WIDTH, ASSEMBLY), STEP)
+        return _side_by_side(decode(x, y, table_ptr, WIDTH, ASSEMBLY), STEP, 32)
 
 
 @triton.jit
@@ -119,13 +167,14 @@ def _value_groups(
     FORM: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """A block's groups of decoded values, each (coordinates, depth)."""
+    """A block of decoded values, (coordinates, tokens)."""
     if FORM == 2:
-        return _decode_bytes(codes_ptr + BYTE + rows[:, None] * ROW, table_ptr, PLANE, 0, COLUMNS, ASSEMBLY)
+        parts = _decode_words(codes_ptr + BYTE + rows[:, None] * ROW, table_ptr, PLANE, 0, COLUMNS, True, ASSEMBLY)
     else:
         columns = tl.arange(0, COLUMNS)
         x, y = columns_of(codes_ptr, rows, ROW, columns, (columns < COLUMNS)[None, :], WIDTH, BYTE, PLANE, True, True)
-        return _side_by_side(decode(x, y, table_ptr, WIDTH, ASSEMBLY), COLUMNS)
+        parts = decode(x, y, table_ptr, WIDTH, ASSEMBLY)
+    return _side_by_side(parts, COLUMNS, 4096)[0]
 
 
 @triton.jit
@@ -164,7 +213,7 @@ def key_products(
 @triton.jit
 def value_products(
     codes_ptr,  # of the block
-    weights,  # int8: twos, their bits in the order of depth, columns N, group
+    weights,  # int8: twos, the tokens' bits in the order of the decoded ones, and the columns N
     table_ptr,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -182,10 +231,7 @@ def value_products(
     rows = tl.arange(0, ROWS)
     if ROWS != SIZE:
         rows = tl.minimum(rows, SIZE - 1)
-    groups = _value_groups(codes_ptr, rows, table_ptr, ROW, WIDTH, COLUMNS, BYTE, PLANE, FORM, ASSEMBLY)
-    DEPTH: tl.constexpr = groups[0].shape[1]
-    split = _split_groups(tl.reshape(weights, (DEPTH, N, BLOCK // DEPTH)), BLOCK // DEPTH)
-    acc = tl.zeros((ROWS, N), tl.int32)
-    for g in tl.static_range(len(groups)):
-        acc = tl.dot(groups[g], split[g], acc, out_dtype=tl.int32)
-    return acc
+    decoded = _value_groups(codes_ptr, rows, table_ptr, ROW, WIDTH, COLUMNS, BYTE, PLANE, FORM, ASSEMBLY)
+    # Triton 3.6 fails to compile a matrix product of a reshaped operand; the casts keep the two apart.
+    weights = tl.reshape(weights, (BLOCK, N)).to(tl.int16).to(tl.int8)
+    return tl.dot(decoded, weights, out_dtype=tl.int32)

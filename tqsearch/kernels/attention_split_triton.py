@@ -12,7 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tqsearch.kernels.attention_products_triton import digits_joined, key_products, value_products
+from tqsearch.kernels.attention_products_triton import (
+    digits_joined,
+    digits_side_by_side,
+    fill_registers,
+    key_products,
+    value_products,
+)
 
 
 @triton.jit
@@ -27,6 +33,26 @@ def _log2(x, ASSEMBLED: tl.constexpr):
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
         return tl.log2(x)
+
+
+@triton.jit
+def _reciprocal(x, ASSEMBLED: tl.constexpr):
+    """By the special function unit where there is one."""
+    if ASSEMBLED:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def _scales(scales_ptr, start, BLOCK: tl.constexpr, LOG: tl.constexpr):
+    """A block's scales in the order of its rows, float32; two of float16 are read as a word, as a copy must be."""
+    if scales_ptr.dtype.element_ty == tl.float16:
+        words = tl.load((scales_ptr + start).to(tl.pointer_type(tl.int32)) + tl.arange(0, BLOCK // 2))
+        scales = (words[:, None] >> (16 * tl.arange(0, 2))[None, :]).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        scales = tl.load(scales_ptr + start + tl.arange(0, BLOCK))
+    return tl.reshape(scales, (2,) * LOG)
 
 
 @triton.jit
@@ -121,23 +147,21 @@ def _dense_run(
 )
 def split_kernel(
     query_ptr,  # (B, Hq, Tq, DK)
-    digits_ptr,  # (B H row blocks, 2 R, SLOTS) int8
-    factors_ptr,  # (B H row blocks, 1 + key bands + BIASES, R) float32: see `prepare`
     keys_ptr,  # (B, H, C, KEY_ROW) uint8
     key_scales_ptr,  # (B, H, C)
-    key_tables_ptr,
     values_ptr,  # (B, H, C / BLOCK, VALUE_BYTES) uint8
     value_scales_ptr,  # (B, H, C)
-    value_tables_ptr,
-    tokens_ptr,  # (BLOCK,) int32
     sink_keys_ptr,
     sink_values_ptr,
     recent_keys_ptr,
     recent_values_ptr,
     mask_ptr,  # (B, 1, Tq, T)
-    out_ptr,  # (B H row blocks, splits + 1, R, DV) float32
-    top_ptr,  # (B H row blocks, splits + 1, R) float32
-    total_ptr,  # the same
+    digits_ptr,  # (B H row blocks, 2 R, SLOTS) int8
+    factors_ptr,  # (B H row blocks, 1 + key bands + BIASES, R) float32: see `prepare`
+    key_tables_ptr,
+    value_tables_ptr,
+    tokens_ptr,  # (BLOCK,) int32
+    out_ptr,  # (B H row blocks, splits + 1, R, DV) float32, then maxima and sums, a row each
     heads,
     group,
     queries,  # Tq
@@ -166,9 +190,9 @@ def split_kernel(
     recent_vb,
     recent_vh,
     recent_vt,
+    mask_k,
     mask_b,
     mask_t,
-    mask_k,
     R: tl.constexpr,
     SLOTS: tl.constexpr,
     BIASES: tl.constexpr,
@@ -183,7 +207,10 @@ def split_kernel(
     VALUE_ROWS: tl.constexpr,
     VALUE_STEPS: tl.constexpr,
     VALUE_OFFSETS: tl.constexpr,
+    REGISTERS: tl.constexpr,
     TWOS: tl.constexpr,
+    VALUE_PLACES: tl.constexpr,
+    STAGES: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DK2: tl.constexpr,
@@ -193,8 +220,13 @@ def split_kernel(
     CAUSAL_DENSE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ASSEMBLED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """A run of compressed blocks, or the dense tokens, of one KV head and R rows of query heads and queries."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    top_ptr = out_ptr + tl.num_programs(0).to(tl.int64) * (R * DV)
+    total_ptr = top_ptr + tl.num_programs(0).to(tl.int64) * R
     split = tl.program_id(0) % (splits + 1) - 1
     task = tl.program_id(0) // (splits + 1)
     pair = (task // row_blocks).to(tl.int64)
@@ -230,9 +262,11 @@ def split_kernel(
         state = _dense_run(
             state, query, seen, recent_keys_ptr + batch * recent_kb + head * recent_kh,
             recent_values_ptr + batch * recent_vb + head * recent_vh, recent_kt, recent_vt, recents,
-            sinks + compressed, factor, cap, mask_rows, mask_row, mask_k, window, DK, DV, DK2, DV2, 32, MASK,
+            sinks + compressed, factor, cap, mask_rows, mask_row, mask_k, window, DK, DV, DK2, DV2, 16, MASK,
             CAUSAL_DENSE, SOFTCAP, ASSEMBLED)
         # fmt: on
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
         slot = tl.arange(0, WIDE)
         lanes = tl.arange(0, DV2)
         tl.store(
@@ -245,7 +279,11 @@ def split_kernel(
     else:
         N: tl.constexpr = 2 * R
         COUNT: tl.constexpr = len(KEY_BANDS)
+        LOG: tl.constexpr = len(TWOS) - 1
+        fill_registers(REGISTERS, key_tables_ptr, value_tables_ptr)
         tokens = tl.load(tokens_ptr + tl.arange(0, BLOCK))
+        if DEPENDENT:  # all above is older than this call
+            tl.extra.cuda.gdc_wait()
         factors = factors_ptr + task * ((1 + COUNT + BIASES) * R) + tl.arange(0, R)
         constant = tl.load(factors)
         bias = tl.zeros((R,), tl.float32)
@@ -260,16 +298,14 @@ def split_kernel(
         begin = first_block + split * blocks_a_split
         end = tl.minimum(begin + blocks_a_split, compressed // BLOCK)
         # Scales are few bytes, loaded a block ahead: the software pipeline leaves them out.
-        scales_at = pair * compressed + begin * BLOCK + tokens
-        next_key_scale = tl.load(key_scales_ptr + scales_at)
-        next_value_scale = tl.load(value_scales_ptr + scales_at)
-        for block in range(begin, end):
+        for block in tl.range(begin, end, num_stages=STAGES):
             at = pair * compressed + block * BLOCK
-            key_scale = next_key_scale.to(tl.float32)
-            value_scale = _log2(tl.maximum(next_value_scale.to(tl.float32), 1e-30), ASSEMBLED)
-            scales_at = pair * compressed + tl.minimum(block + 1, end - 1) * BLOCK + tokens
-            next_key_scale = tl.load(key_scales_ptr + scales_at)
-            next_value_scale = tl.load(value_scales_ptr + scales_at)
+            key_scale = tl.permute(_scales(key_scales_ptr, at, BLOCK, LOG), VALUE_PLACES[0])
+            key_scale = tl.reshape(key_scale, (BLOCK,)).to(tl.float32)
+            value_scale = tl.permute(_scales(value_scales_ptr, at, BLOCK, LOG), VALUE_PLACES[0])
+            value_scale = tl.maximum(tl.reshape(value_scale, (BLOCK,)).to(tl.float32), 1e-30)
+            inverse_scale = _reciprocal(value_scale, ASSEMBLED)
+            value_scale = _log2(value_scale, ASSEMBLED)
             score = tl.zeros((BLOCK, R), tl.float32)
             for b in tl.static_range(COUNT):
                 # fmt: off
@@ -291,17 +327,16 @@ def split_kernel(
             higher = tl.maximum(top, here)
             old, new = tl.exp2(top - higher), tl.exp2(here - higher)
             weight = tl.exp2(score - here[None, :])
-            total = total * old[None, :] + weight * (new[None, :] * tl.exp2(-value_scale)[:, None])
+            total = total * old[None, :] + weight * (new[None, :] * inverse_scale[:, None])
             # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: no conversion is needed.
             weight *= 127.0
             high_bits = weight + 12582912.0
             high = high_bits - 12582912.0
             low_bits = (weight - high) * 128.0 + 12582912.0
             mass = mass * old[None, :] + (high * 128.0 + (low_bits - 12582912.0)) * new[None, :]
-            digits = tl.join(
+            digits = digits_side_by_side(
                 high_bits.to(tl.int32, bitcast=True).to(tl.int8), low_bits.to(tl.int32, bitcast=True).to(tl.int8)
             )
-            digits = tl.reshape(digits, (BLOCK, N))
             fresh = ()
             for b in tl.static_range(len(VALUE_BANDS)):
                 # fmt: off

@@ -17,10 +17,11 @@ import triton
 from torch import Tensor
 
 from tqsearch.kernels.attention_ends_triton import merge, prepare
-from tqsearch.kernels.attention_layout import KeyLayout, ValueLayout, band_keys, key_layout, value_layout
+from tqsearch.kernels.attention_layout import KeyLayout, ValueLayout, band_keys, key_layout, registers, value_layout
 from tqsearch.kernels.attention_operands import Compressed, Context
 from tqsearch.kernels.attention_split_triton import split_kernel
 from tqsearch.kernels.bands import BandTable
+from tqsearch.kernels.launch import Launcher, variant
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2_E = math.log2(math.e)
@@ -69,41 +70,48 @@ def _power(value: int, least: int = 16) -> int:
     return max(least, 1 << (value - 1).bit_length())
 
 
+_prepare, _split, _merge = Launcher(prepare), Launcher(split_kernel), Launcher(merge)
+
+
+@lru_cache(maxsize=16)
+def _options(device: torch.device) -> dict[str, bool]:
+    """Whether a kernel may start before the one whose results it awaits has ended."""
+    if not _assembled() or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {}
+    return {"launch_pdl": True}
+
+
 def prepared(query: Tensor, keys: Compressed, offset: Tensor | None, factor: float) -> Prepared:
     """Rotates queries (B, Hq, Tq, D) and rounds them; logits come out `factor` times the inner products."""
     batch, query_heads, queries, dim = query.shape
     heads = keys.scales.shape[1]
     group = query_heads // heads
-    cut = _key_cut(keys.bands, _assembled(), query.device)
+    device = query.device
+    cut = _key_cut(keys.bands, _assembled(), device)
     rows = min(16, _power(group * queries, 4))
     row_blocks = -(-group * queries // rows)
     tasks, slots = batch * heads * row_blocks, len(cut.slots)
     biases = slots // _CHUNK
-    digits = torch.empty((tasks, 2 * rows, slots), dtype=torch.int8, device=query.device)
-    factors = torch.empty((tasks, 1 + len(cut.bands) + biases, rows), dtype=torch.float32, device=query.device)
-    prepare[(tasks, biases)](
-        query,
-        _slot_rotation(keys.rotation, cut.slots),
-        query if offset is None else offset,
-        digits,
-        factors,
-        heads,
-        group,
-        queries,
-        row_blocks,
-        factor,
-        query.stride(0),
-        query.stride(1),
-        query.stride(2),
-        R=rows,
-        SLOTS=slots,
-        BANDS=cut.bands,
-        STEPS=cut.steps,
-        OFFSETS=cut.offsets,
-        DK=dim,
-        DK2=_power(dim),
-        HAS_OFFSET=offset is not None,
-        CHUNK=_CHUNK,
+    digits = torch.empty((tasks, 2 * rows, slots), dtype=torch.int8, device=device)
+    factors = torch.empty((tasks, 1 + len(cut.bands) + biases, rows), dtype=torch.float32, device=device)
+    turned, offsets = _slot_rotation(keys.rotation, cut.slots), query if offset is None else offset
+    strides = query.stride()[:3]
+    _prepare(
+        (tasks, biases, 1),
+        (device, cut.serial, rows, dim, offset is None, variant((query, offsets), strides)),
+        (query, turned, offsets, digits, factors, heads, group, queries, row_blocks, factor, *strides),
+        lambda: {
+            "R": rows,
+            "SLOTS": slots,
+            "BANDS": cut.bands,
+            "STEPS": cut.steps,
+            "OFFSETS": cut.offsets,
+            "DK": dim,
+            "DK2": _power(dim),
+            "HAS_OFFSET": offset is not None,
+            "CHUNK": _CHUNK,
+            "DEPENDENT": bool(_options(device)),
+        },
     )
     return Prepared(rows, row_blocks, digits, factors, cut)
 
@@ -122,115 +130,110 @@ def attention(
         query = query.contiguous()
     batch, query_heads, count, key_dim = query.shape
     sinks, keys, values, recent, offset = context
-    heads, compressed = keys.scales.shape[1], context.compressed
+    heads, compressed = keys.scales.shape[1:]
     group, value_dim = query_heads // heads, recent.values.shape[3]
+    sink_count, recent_count = sinks.keys.shape[2], recent.keys.shape[2]
+    length = sink_count + compressed + recent_count
     block = compressed // values.packed.shape[2] if compressed else 128
-    device = query.device
+    device, options = query.device, _options(query.device)
     factor = scaling * (LOG2_E if softcap is None else 2.0 * LOG2_E / softcap)
     cap = 0.0 if softcap is None else softcap * LOG2_E
     value_cut = _value_cut(values.bands, block, _assembled(), device)
     rows, row_blocks, digits, factors, key_cut = prepared(query, keys, offset, factor)
     tasks = len(digits)
-    first_seen = 0 if sliding_window is None else max(0, context.length - count - sliding_window + 1)
-    first_block = min(max(0, first_seen - sinks.keys.shape[2]), compressed) // block
+    first_seen = 0 if sliding_window is None else max(0, length - count - sliding_window + 1)
+    first_block = min(max(0, first_seen - sink_count), compressed) // block
     blocks = compressed // block - first_block
     blocks_a_split = _blocks_a_split(tasks, blocks, device) if blocks else 1
     splits = -(-blocks // blocks_a_split)
 
+    # Of each run and row its output, its maximum and its sum.
     allocate = torch.zeros if any(band.width == 0 for band in values.bands) else torch.empty
-    parts = allocate((tasks, splits + 1, rows, value_dim), dtype=torch.float32, device=device)
-    tops = torch.empty((2, tasks, splits + 1, rows), dtype=torch.float32, device=device)
+    parts = allocate(tasks * (splits + 1) * rows * (value_dim + 2), dtype=torch.float32, device=device)
     out = torch.empty((batch, count, query_heads, value_dim), dtype=query.dtype, device=device)
+    mask_strides = (0, 0, 0)
     if mask is not None:
-        mask = mask.expand(batch, -1, count, context.length)
+        mask = mask.expand(batch, -1, count, length)
+        mask_strides = mask.stride(0), mask.stride(2), mask.stride(3)
         if mask.dtype == torch.bool:
             mask = mask.view(torch.uint8)
-    first_place = context.length - count
-    split_kernel[(tasks * (splits + 1),)](
-        query,
-        digits,
-        factors,
-        keys.packed,
-        keys.scales,
-        key_cut.tables,
-        values.packed,
-        values.scales,
-        value_cut.tables,
-        value_cut.tokens,
-        sinks.keys,
-        sinks.values,
-        recent.keys,
-        recent.values,
-        query if mask is None else mask,
-        parts,
-        tops[0],
-        tops[1],
-        heads,
-        group,
-        count,
-        row_blocks,
-        compressed,
-        sinks.keys.shape[2],
-        recent.keys.shape[2],
-        splits,
-        blocks_a_split,
-        first_block,
-        context.length + 1 if sliding_window is None else sliding_window,
-        factor,
-        cap,
-        query.stride(0),
-        query.stride(1),
-        query.stride(2),
-        *(stride for part in (*sinks, *recent) for stride in part.stride()[:3]),
-        *((0, 0, 0) if mask is None else (mask.stride(0), mask.stride(2), mask.stride(3))),
-        R=rows,
-        SLOTS=digits.shape[2],
-        BIASES=digits.shape[2] // _CHUNK,
-        BLOCK=block,
-        KEY_ROW=keys.packed.shape[3],
-        VALUE_BYTES=values.packed.shape[3],
-        KEY_BANDS=key_cut.bands,
-        KEY_ASSEMBLIES=key_cut.assemblies,
-        VALUE_BANDS=value_cut.bands,
-        VALUE_ASSEMBLIES=value_cut.assemblies,
-        VALUE_ORDERS=value_cut.orders,
-        VALUE_ROWS=tuple(_power(band[6]) for band in value_cut.bands),
-        VALUE_STEPS=value_cut.steps,
-        VALUE_OFFSETS=value_cut.offsets,
-        TWOS=(2,) * (block.bit_length() - 1) + (2 * rows,),
-        DK=key_dim,
-        DV=value_dim,
-        DK2=_power(key_dim),
-        DV2=_power(value_dim),
-        MASK=0 if mask is None else (1 if mask.dtype == torch.uint8 else 2),
-        CAUSAL=sliding_window is not None or (mask is None and sinks.keys.shape[2] + compressed > first_place + 1),
-        CAUSAL_DENSE=sliding_window is not None or mask is None,
-        SOFTCAP=softcap is not None,
-        ASSEMBLED=_assembled(),
+    mask_kind = 0 if mask is None else (1 if mask.dtype == torch.uint8 else 2)
+    causal = sliding_window is not None or (mask is None and length - recent_count > length - count + 1)
+    causal_dense = sliding_window is not None or mask is None
+    # fmt: off
+    given = (
+        query, keys.packed, keys.scales, values.packed, values.scales,
+        sinks.keys, sinks.values, recent.keys, recent.values, query if mask is None else mask)
+    numbers = (
+        heads, group, count, row_blocks, compressed, sink_count, recent_count, splits, blocks_a_split, first_block,
+        length + 1 if sliding_window is None else sliding_window, factor, cap)
+    strides = (
+        *query.stride()[:3], *sinks.keys.stride()[:3], *sinks.values.stride()[:3], *recent.keys.stride()[:3],
+        *recent.values.stride()[:3], mask_strides[2])
+    made = (digits, factors, key_cut.tables, value_cut.tables, value_cut.tokens, parts)
+    # fmt: on
+    _split(
+        (tasks * (splits + 1), 1, 1),
+        (
+            (device, key_cut.serial, value_cut.serial, rows, key_dim, value_dim, block),
+            (mask_kind, causal, causal_dense, softcap is None),
+            variant(given, strides),
+        ),
+        (*given, *made, *numbers, *strides, *mask_strides[:2]),
+        lambda: {
+            "R": rows,
+            "SLOTS": digits.shape[2],
+            "BIASES": digits.shape[2] // _CHUNK,
+            "BLOCK": block,
+            "KEY_ROW": keys.packed.shape[3],
+            "VALUE_BYTES": values.packed.shape[3],
+            "KEY_BANDS": key_cut.bands,
+            "KEY_ASSEMBLIES": key_cut.assemblies,
+            "VALUE_BANDS": value_cut.bands,
+            "VALUE_ASSEMBLIES": value_cut.assemblies,
+            "VALUE_ORDERS": value_cut.orders,
+            "VALUE_ROWS": tuple(_power(band[6]) for band in value_cut.bands),
+            "VALUE_STEPS": value_cut.steps,
+            "VALUE_OFFSETS": value_cut.offsets,
+            "VALUE_PLACES": (value_cut.places,),
+            "REGISTERS": registers(band_keys(keys.bands), band_keys(values.bands)) if _assembled() else "",
+            "TWOS": (2,) * (block.bit_length() - 1) + (2 * rows,),
+            "DK": key_dim,
+            "DV": value_dim,
+            "DK2": _power(key_dim),
+            "DV2": _power(value_dim),
+            "MASK": mask_kind,
+            "CAUSAL": causal,
+            "CAUSAL_DENSE": causal_dense,
+            "SOFTCAP": softcap is not None,
+            "STAGES": _STAGES,
+            "ASSEMBLED": _assembled(),
+            "DEPENDENT": bool(options),
+        },
         num_warps=_WARPS,
         num_stages=_STAGES,
+        **options,
     )
-    chunk = 32 if rows < 16 else 64
-    merge[(tasks, -(-value_dim // chunk))](
-        parts,
-        tops[0],
-        tops[1],
-        values.rotation,
-        query if s_aux is None else s_aux,
-        out,
-        heads,
-        group,
-        count,
-        row_blocks,
-        splits + 1,
-        R=rows,
-        DV=value_dim,
-        DV2=_power(value_dim),
-        RUNS2=triton.next_power_of_2(max(splits + 1, 16)),
-        SOME=max(1, 8192 // (rows * _power(value_dim))),
-        CHUNK=chunk,
-        HAS_AUX=s_aux is not None,
+    runs, width = splits + 1, _power(value_dim)
+    runs2 = _power(runs)
+    chunk = min(width, 16384 // width)
+    aux = query if s_aux is None else s_aux
+    _merge(
+        (tasks, -(-value_dim // chunk), 1),
+        (device, rows, value_dim, runs2, s_aux is None, out.dtype, variant((values.rotation, aux), ())),
+        (parts, values.rotation, aux, out, heads, group, count, row_blocks, runs),
+        lambda: {
+            "R": rows,
+            "DV": value_dim,
+            "DV2": width,
+            "RUNS2": runs2,
+            "SOME": max(1, 8192 // (rows * width)),
+            "CHUNK": chunk,
+            "HAS_AUX": s_aux is not None,
+            "DEPENDENT": bool(options),
+        },
         num_warps=8,
+        **options,
     )
     return out
 
