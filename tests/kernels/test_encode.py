@@ -37,8 +37,9 @@ def encode(request, device):
             )
         options = {name: put(value) for name, value in options.items()}
         moved = vectors.to(device)
-        out = kernels.encode(moved, bands_put[key][1], *map(put, tensors), backend=request.param, **options)
-        assert torch.equal(moved.cpu(), vectors), "the input was written to"
+        with np.errstate(over="ignore", invalid="ignore"):  # of the interpreter, where a GPU would go on with infinity
+            out = kernels.encode(moved, bands_put[key][1], *map(put, tensors), backend=request.param, **options)
+        assert torch.equal(moved.cpu().nan_to_num(), vectors.nan_to_num()), "the input was written to"
         return kernels.Encoded(*(part.cpu() for part in out))
 
     return run
@@ -76,7 +77,12 @@ def test_encode(encode, oracle, rng, pairs, count, rotated, centred):
 def check_encoded(oracle, out, z, tables, pairs, seed, growth):
     dim = z.shape[1]
     unit = oracle.unit(z, seed)
-    codes = decode_bits(oracle, out.packed.numpy(), pairs)
+    if pairs == [(dim, 4)]:  # two in a byte
+        codes = np.empty((len(z), 2 * out.packed.shape[1]), np.int64)
+        codes[:, ::2], codes[:, 1::2] = out.packed.numpy() & 15, out.packed.numpy() >> 4
+        codes = codes[:, :dim]
+    else:
+        codes = decode_bits(oracle, out.packed.numpy(), pairs)
     tolerance = oracle.rounding(dim) * growth
     oracle.count_wrong_codes(codes, unit, tables, tolerance)
     levels = np.concatenate([table[codes[:, rows]] for rows, table, _ in tables], axis=1)
@@ -135,7 +141,7 @@ def test_a_value_on_a_boundary_has_the_lower_code(encode, oracle):
     assert out.dots.tolist() == [2.0, 4.0, 0.0]
 
 
-@pytest.mark.parametrize("dim", [8, 100, 768, 1024, 1536])
+@pytest.mark.parametrize("dim", [8, 100, 128, 768, 960, 1024, 1536, 2048, 3000, 4096, 5000, 8192])
 def test_encode_at_the_sizes_of_embeddings(encode, oracle, rng, dim):
     quantizer = TurboQuantizer(dim, 4, seed=3)
     bands = quantizer.tables(torch.device("cpu"))
@@ -143,6 +149,64 @@ def test_encode_at_the_sizes_of_embeddings(encode, oracle, rng, dim):
     out = encode(torch.from_numpy(x), bands, *quantizer.rotation.tensors(torch.device("cpu")))
     tables = [(slice(0, dim), bands[0].levels.double().numpy(), bands[0].boundaries.double().numpy())]
     check_encoded(oracle, out, x.astype(np.float64), tables, [(dim, 4)], 3, 1.0)
+
+
+@pytest.mark.parametrize("dim", [16, 384, 1024, 4096])
+def test_rows_of_one_large_coordinate(encode, oracle, dim):
+    """All of the norm in one number, in equal numbers, in one again: what a transform meets at its extremes."""
+    quantizer = TurboQuantizer(dim, 4, seed=5)
+    bands, tensors = quantizer.tables(torch.device("cpu")), quantizer.rotation.tensors(torch.device("cpu"))
+    once = quantizer.rotation.apply(torch.eye(dim)[:3])
+    x = torch.cat([torch.eye(dim)[:3], torch.eye(dim)[-3:] * 7, once, torch.ones(1, dim), torch.eye(dim)[:1] + 1e-6])
+    out = encode(x, bands, *tensors)
+    tables = [(slice(0, dim), bands[0].levels.double().numpy(), bands[0].boundaries.double().numpy())]
+    check_encoded(oracle, out, x.double().numpy(), tables, [(dim, 4)], 5, 1.0)
+
+
+@pytest.mark.parametrize(("dim", "bits"), [(1024, 4), (4096, 8)])
+def test_numbers_beside_a_boundary_have_the_code_of_their_side(encode, dim, bits):
+    """Every boundary and both its neighbours, in rows of norm sqrt(d) exactly, so that numbers stay what they are."""
+    bands = TurboQuantizer(dim, bits).tables(torch.device("cpu"))
+    boundaries = bands[0].boundaries
+    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    others = boundaries[boundaries != 0.0]  # the neighbours of zero would vanish in the squares
+    beside = torch.cat([boundaries, others.nextafter(up), others.nextafter(down), torch.tensor([-1e-6, 1e-6])])
+    rest = math.sqrt((dim - float(beside.double().square().sum())) / (dim - len(beside)))
+    rows = torch.cat([beside.expand(65, -1), torch.full((65, dim - len(beside)), rest)], dim=1)
+    rows[:, -1] += torch.linspace(-1e-3, 1e-3, 65)  # some of the norms are rounded to sqrt(d)
+    out = encode(rows, bands)
+    exact = out.norms == math.sqrt(dim)
+    assert exact.any()
+    packed = out.packed
+    codes = packed if bits == 8 else torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)
+    wanted = np.searchsorted(boundaries.numpy(), rows[exact].numpy(), side="left")
+    assert codes[exact].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("dim", [8, 64, 100, 128, 1024])
+@pytest.mark.parametrize("unit", [True, False])
+def test_a_row_that_is_not_finite_spoils_no_other(encode, rng, dim, unit):
+    quantizer = TurboQuantizer(dim, 2, seed=4)
+    bands, tensors = quantizer.tables(torch.device("cpu")), quantizer.rotation.tensors(torch.device("cpu"))
+    x = torch.from_numpy(rng.standard_normal((9, dim)).astype(np.float32))
+    wanted = encode(x, bands, *tensors, unit=unit)
+    x[2, 3], x[5, 1], x[6] = torch.nan, torch.inf, 0.0
+    out, others = encode(x, bands, *tensors, unit=unit), [0, 1, 3, 4, 7, 8]
+    for name in ("packed", "norms", "dots"):
+        assert torch.equal(getattr(out, name)[others], getattr(wanted, name)[others])
+    assert not out.norms[[2, 5]].isfinite().any()
+
+
+def test_a_row_has_the_same_codes_beside_rows_of_any_length(encode, rng):
+    quantizer = TurboQuantizer(24, 4, seed=2)
+    bands, tensors = quantizer.tables(torch.device("cpu")), quantizer.rotation.tensors(torch.device("cpu"))
+    x = torch.from_numpy(rng.standard_normal((5, 24)).astype(np.float32))
+    beside = x.clone()
+    beside[1], beside[3] = beside[1] * 1e-36, beside[3] * 1e36
+    out, wanted = encode(beside, bands, *tensors), encode(x, bands, *tensors)
+    assert torch.equal(out.packed[[0, 2, 4]], wanted.packed[[0, 2, 4]])
+    assert torch.equal(out.dots[[0, 2, 4]], wanted.dots[[0, 2, 4]])
+    assert torch.equal(out.norms[[0, 2, 4]], wanted.norms[[0, 2, 4]])
 
 
 def test_a_row_has_the_same_codes_in_any_batch(encode, rng):

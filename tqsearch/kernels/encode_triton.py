@@ -1,10 +1,8 @@
 """`encode` in Triton: a row is read once, and its codes, norm and dot are written once; all between stays on the chip.
 
-A program holds whole rows, padded to a power of two. The randomized Hadamard transform is a chain of butterflies over
-the bits of a coordinate's number. The blocks of a dimension that is no power of two need no care of their own: they
-begin at multiples of twice their size, so the butterflies of a bit are those of the coordinates below the largest
-multiple of twice that bit's value. Bits are taken upwards and downwards in turn, so that a round begins with those that
-the last one left within a thread.
+A program holds whole rows, padded to a power of two, in the layout of `hadamard_triton`, which rotates them. The code
+of a number is found by one look-up and one comparison: the range of numbers is cut into cells so small that no two
+boundaries lie in one.
 
 What bounds it is arithmetic, not memory: see `docs/GPU.md`.
 """
@@ -19,84 +17,82 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tqsearch.kernels import hadamard_triton
 from tqsearch.kernels.bands import BandTable, row_bytes
+from tqsearch.kernels.hadamard_triton import transform
 from tqsearch.plan import planes_of
 
-_PROGRAM = 1024  # numbers a warp holds: 32 a thread
-_PROGRAMS = 1 << 12  # at most, where rows are permuted through scratch memory: each then goes from block to block
 _BYTE = 8  # coordinates whose planes end on whole bytes, whatever their width
+_ROUND = tl.constexpr(1.5 * 2**23)  # plus a number below 2^22: its last bits are the integer nearest to the number
 
 
 @triton.jit
-def _butterfly(x, ROWS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, BIT: tl.constexpr):
-    """Sums and differences of the pairs of coordinates that differ in one bit, where a block has that bit."""
-    PREFIX: tl.constexpr = (DIM >> (BIT + 1)) << (BIT + 1)
-    if PREFIX == 0:
-        return x
-    else:
-        y = tl.permute(tl.reshape(x, (ROWS, PADDED >> (BIT + 1), 2, 1 << BIT)), (0, 1, 3, 2))
-        low, high = tl.split(y)
-        y = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2)), (ROWS, PADDED))
-        if PREFIX == PADDED:
-            return y
-        else:
-            return tl.where((tl.arange(0, PADDED) < PREFIX)[None, :], y, x)
+def _normalised(x, ROWS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr):
+    """Rows scaled to squared norm DIM, and their norms; squares neither overflow nor vanish, zero rows stay zero.
 
-
-@triton.jit
-def _normalised(x, DIM: tl.constexpr):
-    """Rows scaled to squared norm DIM, and their norms; squares neither overflow nor vanish, zero rows stay zero."""
-    field = (tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.minimum(tl.maximum(field - 126, -125), 126)
-    x = x * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-    length = tl.sqrt_rn(tl.sum(x * x, axis=1))
-    root = tl.sqrt_rn(tl.full(length.shape, DIM, tl.float32))
+    Where some row needs it rows are first divided by powers of two, which changes no other bits. A row that is not
+    finite becomes zero, of norm NaN: products with the zeros of a matrix must not carry it into other rows.
+    """
+    rows = tl.reshape(x, (ROWS, PADDED))
+    squares = tl.sum(rows * rows, axis=1)
+    power = tl.full((ROWS,), 1.0, tl.float32)
+    if tl.max(tl.where((squares > 1e-24) & (squares < 1e24), 0, 1), axis=0) > 0:
+        field = (tl.max(tl.abs(rows), axis=1).to(tl.int32, bitcast=True) >> 23) & 255
+        exponent = tl.minimum(tl.maximum(field - 126, -125), 126)
+        rows = rows * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+        squares = tl.sum(rows * rows, axis=1)
+        finite = squares < float("inf")
+        rows = tl.where(finite[:, None], rows, 0.0)
+        squares = tl.where(finite, squares, 0.0)
+        power = tl.where(finite, ((127 + exponent) << 23).to(tl.float32, bitcast=True), float("nan"))
+    length = tl.sqrt_rn(squares)
+    root = tl.sqrt_rn(tl.full((ROWS,), DIM, tl.float32))
     factor = tl.where(length != 0.0, tl.div_rn(root, tl.where(length != 0.0, length, 1.0)), 0.0)
-    return x * factor[:, None], length * ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.reshape(rows * factor[:, None], x.shape), length * power
 
 
 @triton.jit
-def _first_bits(x, boundaries_ptr, WIDTH: tl.constexpr):
-    """The first three steps of the search for a code, among boundaries held as numbers: no look-up for each x."""
-    HALF: tl.constexpr = 1 << (WIDTH - 1)
-    first = x > tl.load(boundaries_ptr + HALF - 1)
-    code = tl.where(first, HALF, 0)
-    if WIDTH > 1:
-        QUARTER: tl.constexpr = HALF // 2
-        low, high = tl.load(boundaries_ptr + QUARTER - 1), tl.load(boundaries_ptr + HALF + QUARTER - 1)
-        second = x > tl.where(first, high, low)
-        code += tl.where(second, QUARTER, 0)
-    if WIDTH > 2:
-        EIGHTH: tl.constexpr = HALF // 4
-        a, b = tl.load(boundaries_ptr + EIGHTH - 1), tl.load(boundaries_ptr + 3 * EIGHTH - 1)
-        c, d = tl.load(boundaries_ptr + 5 * EIGHTH - 1), tl.load(boundaries_ptr + 7 * EIGHTH - 1)
-        code += tl.where(x > tl.where(first, tl.where(second, d, c), tl.where(second, b, a)), EIGHTH, 0)
-    return code
+def _row_sums(x, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    return tl.sum(tl.reshape(x, (ROWS, PADDED)), axis=1)
+
+
+@triton.jit
+def _lanes_first(x, SIZE: tl.constexpr, WARPS: tl.constexpr):
+    """(WARPS, lines, 128) in the shape in which a look-up, too, leaves numbers in the threads that hold them."""
+    y = tl.permute(tl.reshape(x, (WARPS, SIZE // (128 * WARPS), 32, 4)), (2, 0, 1, 3))
+    return tl.reshape(y, (32, WARPS, SIZE // (32 * WARPS)))
+
+
+@triton.jit
+def _lanes_last(x, SIZE: tl.constexpr, WARPS: tl.constexpr):
+    """The inverse of `_lanes_first`."""
+    y = tl.permute(tl.reshape(x, (32, WARPS, SIZE // (128 * WARPS), 4)), (1, 2, 0, 3))
+    return tl.reshape(y, (WARPS, SIZE // (128 * WARPS), 128))
 
 
 @triton.jit(do_not_specialize=["n"])
 def encode_kernel(
     vectors_ptr,  # (n, DIM) float32, float16 or bfloat16
-    factors_ptr,  # (ROUNDS, DIM) float32
-    orders_ptr,  # (ROUNDS - 1, DIM) int32
+    factors_ptr,  # (ROUNDS, PADDED) float32 and
+    sources_ptr,  # (ROUNDS, PADDED) int32: see `hadamard_triton.tables`
     centre_ptr,  # (DIM,) float32
-    boundaries_ptr,  # (bands, 1 << WIDTH) float32, ascending, infinite behind a band's own
-    levels_ptr,  # (bands, 1 << WIDTH) float32
-    rows_ptr,  # (PADDED,) int32: where each coordinate's band begins in the two tables
+    cells_ptr,  # (bands, 2, CELLS) int64: see `_cells`
+    bands_ptr,  # (PADDED,) int32: where the cells of each coordinate's band begin
     places_ptr,  # (PLACES,) int32: the coordinate at each place once bands begin at whole bytes; DIM where none is
     packed_ptr,  # (n, row bytes) uint8
     norms_ptr,  # (n,) float32
     dots_ptr,  # (n,) float32
     products_ptr,  # (n,) float32
-    scratch_ptr,  # (programs, ROWS, DIM) float32
     n,
     packed_stride,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     LOG: tl.constexpr,  # bits of a coordinate's number
     ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     ROUNDS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,  # cells in an interval of length 1
+    CELLS: tl.constexpr,
     PLANES: tl.constexpr,  # for each plane: its first place, its field's bits and shift, its first byte and its bytes
     PLACES: tl.constexpr,
     ONE_BAND: tl.constexpr,
@@ -105,67 +101,59 @@ def encode_kernel(
     HAS_CENTRE: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """Codes of every ROWS rows in so many programs."""
-    for block in range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0)):
-        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        column = tl.arange(0, PADDED)
-        there = column < DIM
-        inside = (row < n)[:, None] & there[None, :]
-        pointers = vectors_ptr + row[:, None] * DIM + column[None, :]
-        x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        if UNIT:
-            x, _ = _normalised(x, DIM)
-            x = tl.div_rn(x, tl.sqrt_rn(tl.full(x.shape, DIM, tl.float32)))
-        if HAS_CENTRE:
-            centre = tl.load(centre_ptr + column, mask=there, other=0.0)[None, :]
-            x = x - centre
-            tl.store(products_ptr + row, tl.sum(x * centre, axis=1), mask=row < n)
-        x, norm = _normalised(x, DIM)
-        tl.store(norms_ptr + row, norm, mask=row < n)
-        for r in tl.static_range(ROUNDS):
-            if PERMUTED and r > 0:
-                # Through memory that stays in the cache: a gather within a warp takes a shuffle for every two numbers.
-                own = scratch_ptr + (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None] * DIM
-                tl.debug_barrier()
-                tl.store(own + column[None, :], x, mask=there[None, :])
-                tl.debug_barrier()
-                order = tl.load(orders_ptr + (r - 1) * DIM + column, mask=there, other=0)
-                x = tl.load(own + order[None, :], mask=there[None, :], other=0.0)
-            x = x * tl.load(factors_ptr + r * DIM + column, mask=there, other=0.0)[None, :]
-            for i in tl.static_range(LOG):
-                if r % 2 == 0:
-                    x = _butterfly(x, ROWS, PADDED, DIM, i)
-                else:
-                    x = _butterfly(x, ROWS, PADDED, DIM, LOG - 1 - i)
-        code = tl.zeros((ROWS, PADDED), tl.int32)
-        if ONE_BAND:
-            table = code
-            code = _first_bits(x, boundaries_ptr, WIDTH)
-        else:
-            table = tl.broadcast_to(tl.load(rows_ptr + column)[None, :], (ROWS, PADDED))
-        for b in tl.static_range(min(WIDTH, 3) if ONE_BAND else 0, WIDTH):
-            middle = code + (1 << (WIDTH - 1 - b))
-            code = tl.where(x > tl.load(boundaries_ptr + table + middle - 1), middle, code)
-        level = tl.load(levels_ptr + table + code)
-        tl.store(dots_ptr + row, tl.sum(tl.where(there[None, :], x * level, 0.0), axis=1), mask=row < n)
-        code = tl.where(there[None, :], code, 0)
-        if MOVED:
-            place = tl.load(places_ptr + tl.arange(0, PLACES))
-            moved = tl.gather(code, tl.broadcast_to(tl.where(place < DIM, place, 0)[None, :], (ROWS, PLACES)), axis=1)
-            code = tl.where((place < DIM)[None, :], moved, 0)
-        for p in tl.static_range(len(PLANES)):
-            _store_plane(
-                packed_ptr + row * packed_stride,
-                row < n,
-                code,
-                PLANES[p][0],
-                PLANES[p][1],
-                PLANES[p][2],
-                PLANES[p][3],
-                PLANES[p][4],
-                ROWS,
-                PLACES,
-            )
+    """Codes of ROWS rows."""
+    SIZE: tl.constexpr = ROWS * PADDED
+    LINES: tl.constexpr = SIZE // (128 * WARPS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = first + tl.arange(0, ROWS)
+    line = tl.arange(0, WARPS)[:, None, None] * LINES + tl.arange(0, LINES)[None, :, None]
+    place = line * 128 + tl.arange(0, 128)[None, None, :]
+    column = place % PADDED
+    there = column < DIM
+    own = first + place // PADDED
+    x = tl.load(vectors_ptr + own * DIM + column, mask=(own < n) & there, other=0.0).to(tl.float32)
+    if UNIT:
+        x, length = _normalised(x, ROWS, PADDED, DIM)
+        x = tl.div_rn(x, tl.sqrt_rn(tl.full(x.shape, DIM, tl.float32)))
+    if HAS_CENTRE:
+        centre = tl.load(centre_ptr + column, mask=there, other=0.0)
+        x = x - centre
+        tl.store(products_ptr + row, _row_sums(x * centre, ROWS, PADDED), mask=row < n)
+    x, norm = _normalised(x, ROWS, PADDED, DIM)
+    if UNIT:
+        norm = tl.where(length == length, norm, length)
+    tl.store(norms_ptr + row, norm, mask=row < n)
+    x = transform(x, place, factors_ptr, sources_ptr, DIM, PADDED, LOG, SIZE, WARPS, ROUNDS, PERMUTED)
+
+    y = _lanes_first(x, SIZE, WARPS)
+    cell = (y * SCALE + _ROUND).to(tl.int32, bitcast=True) & (CELLS - 1)
+    if not ONE_BAND:
+        cell += _lanes_first(tl.load(bands_ptr + column), SIZE, WARPS)
+    word, levels = tl.load(cells_ptr + cell), tl.load(cells_ptr + CELLS + cell)
+    above = y > (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    level = tl.where(above, (levels >> 32).to(tl.int32), levels.to(tl.int32)).to(tl.float32, bitcast=True)
+    code = _lanes_last(word.to(tl.int32) + above.to(tl.int32), SIZE, WARPS)
+    product = tl.where(there, x * _lanes_last(level, SIZE, WARPS), 0.0)
+    tl.store(dots_ptr + row, _row_sums(product, ROWS, PADDED), mask=row < n)
+
+    code = tl.reshape(tl.where(there, code, 0), (ROWS, PADDED))
+    if MOVED:
+        move = tl.load(places_ptr + tl.arange(0, PLACES))
+        moved = tl.gather(code, tl.broadcast_to(tl.where(move < DIM, move, 0)[None, :], (ROWS, PLACES)), axis=1)
+        code = tl.where((move < DIM)[None, :], moved, 0)
+    for p in tl.static_range(len(PLANES)):
+        _store_plane(
+            packed_ptr + row * packed_stride,
+            row < n,
+            code,
+            PLANES[p][0],
+            PLANES[p][1],
+            PLANES[p][2],
+            PLANES[p][3],
+            PLANES[p][4],
+            ROWS,
+            PLACES,
+        )
 
 
 @triton.jit
@@ -196,31 +184,64 @@ def _store_plane(
 class Layout(NamedTuple):
     """What the kernel knows of a plan; its arguments and constants of these names."""
 
-    boundaries: Tensor
-    levels: Tensor
-    rows: Tensor
+    cells: Tensor
+    bands: Tensor
     places: Tensor
-    width: int
+    scale: float
     planes: tuple[tuple[int, int, int, int, int], ...]
     moved: bool
+
+
+def _cells(bands: tuple[BandTable, ...]) -> tuple[Tensor, float]:
+    """Cells of one length, a power of two, in which no band has two boundaries, for all that a number can be.
+
+    Returns:
+        (bands, 2, cells) int64, a cell at the nearest integer to its numbers divided by the length, modulo the cells:
+            first its boundary, infinite for none, and the code of the numbers up to that; then the levels above and up
+            to it. Of each pair the first is in the upper 32 bits.
+        The inverse of the length.
+
+    Raises:
+        ValueError: boundaries so close together that the cells would not fit into memory.
+    """
+
+    def cell(values: Tensor) -> Tensor:
+        """As the kernel finds it. It never falls where values grow: other cells lie on one side of a boundary."""
+        numbers: Tensor = (values * scale + _ROUND.value).view(torch.int32)
+        return numbers - torch.tensor(_ROUND.value).view(torch.int32)
+
+    scale, largest = 1.0, 1.01 * sum(band.size for band in bands) ** 0.5
+    tables = [(band.boundaries.cpu(), band.levels.cpu()) for band in bands]
+    while any((cell(boundaries).diff() == 0).any() for boundaries, _ in tables):
+        scale *= 2.0
+        if scale * largest > 1 << 20:
+            raise ValueError("boundaries must be further apart than a millionth of the largest coordinate")
+    half = triton.next_power_of_2(int(scale * largest) + 2)
+    number = torch.arange(-half, half, dtype=torch.int32)
+    found = torch.empty((len(bands), 2, 2 * half, 2), dtype=torch.int32)
+    for (boundaries, levels), words in zip(tables, found, strict=True):
+        code = torch.searchsorted(cell(boundaries), number)
+        here = torch.nn.functional.pad(cell(boundaries), (0, 1), value=half)[code] == number
+        boundary = torch.nn.functional.pad(boundaries, (0, 1), value=torch.inf)[code]
+        words[0, :, 0] = code
+        words[0, :, 1] = torch.where(here, boundary, torch.inf).view(torch.int32)
+        words[1, :, 0] = levels[code].view(torch.int32)
+        words[1, :, 1] = levels[(code + 1).clamp(max=len(levels) - 1)].view(torch.int32)
+    return found.roll(half, dims=2).view(torch.int64)[..., 0], scale
 
 
 @lru_cache(maxsize=64)
 def _layout(bands: tuple[BandTable, ...]) -> Layout:
     """The layout of bands; tensors compare by identity, and a quantizer's tables stay the same objects."""
-    width = max(band.width for band in bands)
     device = bands[0].levels.device
-    boundaries = torch.full((len(bands), 1 << width), torch.inf)
-    levels = torch.zeros((len(bands), 1 << width))
+    cells, scale = _cells(bands)
     dim = sum(band.size for band in bands)
-    rows: list[int] = []
+    starts: list[int] = []
     places: list[int] = []
     planes = []
     first, byte = 0, 0
     for number, band in enumerate(bands):
-        boundaries[number, : len(band.boundaries)] = band.boundaries.cpu()
-        levels[number, : len(band.levels)] = band.levels.cpu()
-        rows += [number << width] * band.size
+        starts += [number * cells[0].numel()] * band.size
         shift = 0
         for bits in planes_of(band.width):
             nbytes = -(-band.size * bits // 8)
@@ -230,11 +251,11 @@ def _layout(bands: tuple[BandTable, ...]) -> Layout:
         places += [dim] * (-band.size % _BYTE)
         first += band.size
     padded = max(_BYTE, triton.next_power_of_2(dim))
-    rows += [0] * (padded - dim)
+    starts += [0] * (padded - dim)
     moved = places[:dim] != list(range(dim))
     places += [dim] * ((triton.next_power_of_2(len(places)) if moved else padded) - len(places))
-    where, what = (torch.tensor(values, dtype=torch.int32, device=device) for values in (rows, places))
-    return Layout(boundaries.to(device), levels.to(device), where, what, width, tuple(planes), moved)
+    where, what = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, places))
+    return Layout(cells.to(device), where, what, scale, tuple(planes), moved)
 
 
 def encode(
@@ -258,34 +279,31 @@ def encode(
         # on where it lies.
         vectors = vectors.clone(memory_format=torch.contiguous_format)
     layout = _layout(bands)
-    padded = max(_BYTE, triton.next_power_of_2(dim))
-    rows = max(1, _PROGRAM // padded)
-    programs = triton.cdiv(count, rows)
-    if orders is not None:
-        programs = min(programs, _PROGRAMS)  # which bounds the scratch memory
-    none = layout.levels
-    encode_kernel[(programs,)](
+    padded, rows, warps = hadamard_triton.shape_of(dim, orders is not None)
+    none = norms
+    turn, sources = (none, layout.bands) if factors is None else hadamard_triton.tables(factors, orders, padded)
+    encode_kernel[(triton.cdiv(count, rows),)](
         vectors,
-        none if factors is None else factors,
-        layout.rows if orders is None else orders.int(),
+        turn,
+        sources,
         none if centre is None else centre,
-        layout.boundaries,
-        layout.levels,
-        layout.rows,
+        layout.cells,
+        layout.bands,
         layout.places,
         packed,
         norms,
         dots,
         products,
-        none if orders is None else torch.empty((programs, rows, dim), device=vectors.device),
         count,
         packed.stride(0),
         DIM=dim,
         PADDED=padded,
         LOG=padded.bit_length() - 1,
         ROWS=rows,
+        WARPS=warps,
         ROUNDS=0 if factors is None else len(factors),
-        WIDTH=layout.width,
+        SCALE=layout.scale,
+        CELLS=layout.cells.shape[2],
         PLANES=layout.planes,
         PLACES=len(layout.places),
         ONE_BAND=len(bands) == 1,
@@ -293,6 +311,7 @@ def encode(
         PERMUTED=orders is not None,
         HAS_CENTRE=centre is not None,
         UNIT=unit,
-        num_warps=max(1, padded // _PROGRAM),
+        num_warps=warps,
+        num_stages=1,
     )
     return packed, norms, dots, products
