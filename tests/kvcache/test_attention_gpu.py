@@ -4,39 +4,20 @@ import families
 import pytest
 import torch
 
-from tqsearch import TurboQuantizer
 from tqsearch.kvcache import TurboQuantCache, compress
 from tqsearch.kvcache import attention as plug
 from tqsearch.kvcache.layer import TurboQuantLayer
 from tqsearch.kvcache.outliers import key_codec
 from tqsearch.kvcache.store import value_codec
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("levels_on_the_grid"),
+]
 STEPS = (70, 1, 1, 5, 1, 30, 1, 1)
 NO_CODES = {"deepseek-v3"}  # latents are compressed, RoPE keys are not: there is no pair
 # What rounding queries and weights to 15 bits adds to a float32 model, by docs/attention.md; the layers enlarge it.
 TOLERANCE = 5e-3
-
-
-@pytest.fixture(autouse=True)
-def levels_on_the_grid(monkeypatch):
-    """Plain torch decodes to the kernels' levels, which lie on a grid of int8: what is left is their rounding."""
-    real, made = TurboQuantizer.tables, {}
-
-    def tables(self, device):
-        if (self, device) not in made:
-            made[self, device] = tuple(
-                band._replace(levels=(torch.tensor(band.steps, device=device) - band.offset) * band.step)
-                for band in real(self, device)
-            )
-        return made[self, device]
-
-    monkeypatch.setattr(TurboQuantizer, "tables", tables)
-    for codecs in (key_codec, value_codec):
-        codecs.cache_clear()
-    yield
-    for codecs in (key_codec, value_codec):
-        codecs.cache_clear()
 
 
 def cache_of(model, **options):

@@ -101,3 +101,34 @@ def test_a_long_chunk_decodes_a_tile_at_a_time(monkeypatch):
     assert sum(decoded) == 2 * 448
     arrays = [part.double().numpy() for part in (query, *dense)]
     np.testing.assert_allclose(out.numpy(), definition(*arrays, 1 / 8, None, None, None, None), rtol=0, atol=2e-5)
+
+
+@pytest.mark.usefixtures("levels_on_the_grid")
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_long_chunk_by_the_kernel(masked, monkeypatch, rng):
+    """Some queries a launch: each launch sees the tokens up to its last query, and no later one."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(plug, "MANY_QUERIES", 8)
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn((1, 1, 120, 64), generator=generator).to(device) for _ in range(2)]
+    pasts = [
+        History.empty(part, codec(64, 2, 32, 0, "triton")).append(part[:, :, :100], 4).compress(8)
+        for part, codec in zip(states, (key_codec, value_codec), strict=True)
+    ]
+    pasts = [past.append(part[:, :, 100:], 4) for past, part in zip(pasts, states, strict=True)]
+    query = torch.randn((1, 2, 20, 64), generator=generator)
+    mask = None
+    if masked:
+        mask = rng.random((1, 1, 20, 120)) < 0.5
+        mask &= np.arange(120) <= np.arange(100, 120)[:, None]
+        mask[..., 0] = True
+    tensors = plug.states_of(*pasts, "triton")
+    assert type(tensors[0]) is plug.CompressedTensor
+    given = None if mask is None else torch.from_numpy(mask).to(device)
+    out, _ = plug.attention_forward(torch.nn.Module(), query.to(device), *tensors, given)
+    dense = [past.decode().cpu().double().numpy() for past in pasts]
+    expected = definition(query.double().numpy(), *dense, 1 / 8, mask, None, None, None)
+    # What rounding queries and weights to 15 bits leaves: see docs/attention.md.
+    assert np.abs(out.cpu().numpy() - expected).max() < 1e-3 * np.abs(expected).max()
+    assert pasts[0].compressed_length == 64
