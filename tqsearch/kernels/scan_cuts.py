@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
-from tqsearch.kernels.bands import BandTable, along_trellis, row_bytes
-from tqsearch.plan import planes_of
+from tqsearch.plan import Band, planes_of
 
 
 class Config(NamedTuple):
@@ -96,35 +96,39 @@ _SHARED = 200_000  # bytes of shared memory that queries and codes may take
 GLUON = Config(128, 64, 256, 8, 4, 1, True)
 
 
-def config_for(queries: int, bands: tuple[BandTable, ...], exact: bool) -> Config:
+Shapes = tuple[tuple[int, int, str], ...]  # of bands: size, width, codec
+
+
+@lru_cache(maxsize=1024)
+def config_for(queries: int, bands: Shapes, exact: bool) -> Config:
     """How a scan of so many queries is cut; the columns a step divide the planes' bytes where 32 or more can."""
     if exact:
         return _EXACT
-    along = along_trellis(bands)
-    widest = max(band.width for band in bands if band.codec == "trellis" or not along)
+    along = any(codec == "trellis" for _, _, codec in bands)
+    widest = max(width for _, width, codec in bands if codec == "trellis" or not along)
     choices = (_TRELLIS_CONFIGS if along else _CONFIGS)[widest]
-    if sum(band.width > 0 for band in bands) > 1:
+    if sum(width > 0 for _, width, _ in bands) > 1:
         choices = _SEVERAL
     config = next((config for most, config in choices if queries <= most), choices[-1][1])
-    planes = [band.size // 8 for band in bands if band.codec == "trellis"]
+    planes = [size // 8 for size, _, codec in bands if codec == "trellis"]
     if not along:
-        planes = [band.size * plane // 8 for band in bands for plane in planes_of(band.width)]
+        planes = [size * plane // 8 for size, width, _ in bands for plane in planes_of(width)]
     whole = next((c for c in (128, 64, 32) if c <= config.block_c and all(plane % c == 0 for plane in planes)), None)
     config = config._replace(block_c=whole or min(config.block_c, 32 if along else 64))
-    coordinates, row = sum(band.size for band in bands), row_bytes(bands)
+    coordinates, row = sum(size for size, _, _ in bands), sum(Band(size, width).nbytes for size, width, _ in bands)
     if config.resident and config.block_q * coordinates + config.num_stages * config.tile * row > _SHARED:
         return config._replace(resident=False, tile=128, num_warps=4, num_stages=3, programs=0)
     return config
 
 
-def gluon_fits(queries: int, bands: tuple[BandTable, ...]) -> bool:
+def gluon_fits(queries: int, bands: Shapes) -> bool:
     """Whether `gluon_scan_kernel` is the faster one, cut by GLUON, where it runs."""
-    size, width = bands[0].size, bands[0].width
+    size, width, codec = bands[0]
     codes = GLUON.num_stages * GLUON.tile * GLUON.block_c
     return (
         queries > 64
         and len(bands) == 1
-        and bands[0].codec == "scalar"
+        and codec == "scalar"
         and width in (1, 2)
         and size * width % (8 * GLUON.block_c) == 0
         and GLUON.block_q * size + codes <= _SHARED

@@ -19,13 +19,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
-from tqsearch.kernels.scan_cuts import GLUON, Config, config_for, gluon_fits
+from tqsearch.kernels.scan_cuts import GLUON, Config, Shapes, config_for, gluon_fits
 from tqsearch.kernels.scan_kernels_triton import (
     arrange_kernel,
     best_kernel,
@@ -58,6 +57,15 @@ class Arranged(NamedTuple):
     beta: Tensor
 
 
+def _power(number: int) -> int:
+    """The power of two that is the number or follows it."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _shapes(bands: tuple[BandTable, ...]) -> Shapes:
+    return tuple([(band.size, band.width, band.codec) for band in bands])
+
+
 def _arrange(queries: Tensor, layout: Layout, exact: bool, beyond: int) -> Arranged:
     """Rotated queries (q, d) float32 in the order of the slots, rounded to int8 unless exact; `beyond` more, zeros."""
     (count, dim), bands, device = queries.shape, len(layout.bands), queries.device
@@ -77,7 +85,7 @@ def _arrange(queries: Tensor, layout: Layout, exact: bool, beyond: int) -> Arran
             "BANDS": layout.bands,
             "ENDS": layout.ends,
             "SLOTS": slots,
-            "BLOCK": triton.next_power_of_2(widest),
+            "BLOCK": _power(widest),
         }
 
     queries = queries.contiguous()
@@ -127,7 +135,7 @@ class Scanner:
     ) -> None:
         self.rows, self.device, self.exact = len(packed), packed.device, exact
         self._gluon = gluon
-        self.config = config = config or (GLUON if gluon else config_for(len(queries), bands, exact))
+        self.config = config = config or (GLUON if gluon else config_for(len(queries), _shapes(bands), exact))
         key = tuple([(b.size, b.width, b.codec, *entries(b, exact)) for b in bands])
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
         self.layout = layout = layout_of(key, config.block_c, exact, aligned, packed.device)
@@ -230,7 +238,7 @@ class Scanner:
         if k > _FEW:
             return torch.topk(maxima, k, dim=1).indices
         count, tiles = maxima.shape
-        group = max(64, triton.next_power_of_2(tiles // 4096))
+        group = max(64, _power(tiles // 4096))
         ends = -(-tiles // group)
         groups = self._empty(count, ends)
         chosen = torch.empty((count, k), dtype=torch.int64, device=self.device)
@@ -242,7 +250,7 @@ class Scanner:
             lambda: {"GROUP": group, "BLOCK": block},
             num_warps=4,
         )
-        spans, most = max(16, triton.next_power_of_2(ends)), max(2, triton.next_power_of_2(k))
+        spans, most = max(16, _power(ends)), max(2, _power(k))
         _launch_choose(
             (count, 1, 1),
             (group, spans, most, self.device),
@@ -281,7 +289,12 @@ def scan(
     k = min(k, n)
     if count == 0 or n == 0:
         return queries.new_empty((count, k)), torch.empty((count, k), dtype=torch.int64, device=packed.device)
-    gluon = _has_wgmma(packed.device) and precision != "exact" and gluon_fits(count, bands) and n >= 4 * k * GLUON.tile
+    gluon = (
+        _has_wgmma(packed.device)
+        and precision != "exact"
+        and gluon_fits(count, _shapes(bands))
+        and n >= 4 * k * GLUON.tile
+    )
     gluon = gluon and packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
     scanner = Scanner(queries, packed, scales, bias, mask, bands, precision == "exact", gluon=gluon)
     floats = _numbers_held(packed)
@@ -337,7 +350,7 @@ def _best(candidates: Tensor, tiles: Tensor, tile: int) -> tuple[Tensor, Tensor]
     count, k = tiles.shape
     scores = torch.empty((count, k), dtype=torch.float32, device=tiles.device)
     rows = torch.empty_like(tiles)
-    block = triton.next_power_of_2(k * tile)
+    block = _power(k * tile)
     _launch_best(
         (count, 1, 1),
         (tile, block, tiles.device, *variant((tiles,), ())),
