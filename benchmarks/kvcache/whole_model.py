@@ -234,8 +234,8 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(options.seed)
     model = model_of(options.layers)
     config = model.config
-    total = torch.cuda.get_device_properties(0).total_memory
-    room = total - sum(part.nbytes for part in model.parameters()) - SPARE
+    torch.cuda.empty_cache()
+    room = torch.cuda.mem_get_info()[0] - SPARE
     dense_token = 4 * options.layers * config.num_key_value_heads * config.head_dim
     ours_token = dense_token * (options.bits / 16 + 1 / config.head_dim)
     ours = f"TurboQuantCache, K{options.bits}V{options.bits}"
