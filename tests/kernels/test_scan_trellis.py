@@ -20,7 +20,7 @@ PLANS = {
     "3 bits": [(100, 3)],
     "4 bits": [(37, 4)],
     "bands": [(9, 8), (24, 4), (40, 3), (30, 0), (16, 2), (21, 1)],
-    "few": [(16, 2), (4, 8), (12, 4)],
+    "few": [(16, 2), (4, 8), (7, 6), (12, 4)],
     "1 bit, whole columns": [(1024, 1)],
     "2 bits, whole columns": [(256, 2)],
     "3 bits, whole columns": [(256, 3)],
@@ -34,23 +34,39 @@ SMALL = ["1 bit", "2 bits", "3 bits", "4 bits", "bands", "2 bits, whole columns"
 GPU = torch.cuda.is_available()
 
 
+def packed_beside(codes, width):
+    """The bytes of a band of 6 or 8 bits, (n, size) to (n, bytes), plane by plane as `packing` says."""
+    if width == 8:
+        return codes.astype(np.uint8)
+    planes = []
+    for bits, fields in ((4, codes & 15), (2, codes >> 4)):
+        fields = np.pad(fields, ((0, 0), (0, -fields.shape[1] % (8 // bits)))).reshape(len(codes), -1, 8 // bits)
+        planes.append((fields << bits * np.arange(8 // bits)).sum(axis=2).astype(np.uint8))
+    return np.concatenate(planes, axis=1)
+
+
 class Case:
     """Random codes, queries and terms for a plan."""
 
     def __init__(self, pairs, n, q, seed, device):
         rng = np.random.default_rng(seed)
         self.n, self.device, dim = n, device, sum(size for size, _ in pairs)
-        coded = [(size, bits) for size, bits in pairs if bits not in (0, 8)]
+        coded = [(size, bits) for size, bits in pairs if bits not in (0, 6, 8)]
         widths = np.repeat([bits for _, bits in pairs], [size for size, _ in pairs])
         codes = np.concatenate([rng.integers(0, 2**bits, (n, size)) for size, bits in coded], axis=1)
         rows = b"".join(trellis_oracle.pack(row, coded) for row in codes.tolist())
-        wide = rng.integers(0, 256, (n, (widths == 8).sum()))
-        packed = np.frombuffer(rows, np.uint8).reshape(n, -1)
-        self.packed = np.concatenate([packed, wide.astype(np.uint8)], axis=1)
-        numbers, step = np.sort(rng.choice(np.arange(-127, 128), 256)), 0.021
-        levels = np.zeros((n, dim))
-        levels[:, (widths > 0) & (widths < 8)] = [trellis_oracle.levels_of(row, coded) for row in codes.tolist()]
-        levels[:, widths == 8] = numbers[wide] * step
+        levels, tables, step = np.zeros((n, dim)), {}, 0.021
+        levels[:, (widths > 0) & (widths < 6)] = [trellis_oracle.levels_of(row, coded) for row in codes.tolist()]
+        parts = [np.frombuffer(rows, np.uint8).reshape(n, -1)]
+        start = 0
+        for size, bits in pairs:
+            if bits in (6, 8):
+                tables[bits] = np.sort(rng.choice(np.arange(-127, 128), 2**bits))
+                wide = rng.integers(0, 2**bits, (n, size))
+                levels[:, start : start + size] = tables[bits][wide] * step
+                parts.append(packed_beside(wide, bits))
+            start += size
+        self.packed = np.concatenate(parts, axis=1)
         self.queries = rng.standard_normal((q, dim)).astype(np.float32)
         self.scales = rng.uniform(0.5, 2, n).astype(np.float16)
         self.bias = rng.standard_normal(n).astype(np.float32)
@@ -64,10 +80,14 @@ class Case:
             self.rounded += scale.astype(np.float64) * (whole @ levels[:, start : start + size].T)
             start += size
         plan = BitPlan.from_pairs(pairs)
-        table = torch.from_numpy((numbers * step).astype(np.float32)).to(device)  # of 8 bits: any will do
         self.bands = tuple(
-            band._replace(levels=table, steps=tuple(numbers.tolist()), offset=0.0, step=step)
-            if band.width == 8
+            band._replace(
+                levels=torch.from_numpy((tables[band.width] * step).astype(np.float32)).to(device),  # any will do
+                steps=tuple(tables[band.width].tolist()),
+                offset=0.0,
+                step=step,
+            )
+            if band.width in tables
             else band
             for band in TurboQuantizer(dim, plan, rotation="identity", codec="trellis").tables(device)
         )
