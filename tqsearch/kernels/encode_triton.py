@@ -57,6 +57,17 @@ def _row_sums(x, ROWS: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def _load(vectors_ptr, n, DIM: tl.constexpr, PADDED: tl.constexpr, LINES: tl.constexpr, WARPS: tl.constexpr):
+    """Rows as float32, (WARPS, LINES, 128); each thread holds the same four numbers of a line, whatever their type."""
+    four = tl.arange(0, 32)[:, None, None, None] * 4 + tl.arange(0, 4)[None, None, None, :]
+    line = tl.arange(0, WARPS)[None, :, None, None] * LINES + tl.arange(0, LINES)[None, None, :, None]
+    place = line * 128 + four
+    row, column = place // PADDED, place % PADDED
+    x = tl.load(vectors_ptr + row * DIM + column, mask=(row < n) & (column < DIM), other=0.0).to(tl.float32)
+    return tl.reshape(tl.permute(x, (1, 2, 0, 3)), (WARPS, LINES, 128))
+
+
+@triton.jit
 def _lanes_first(x, SIZE: tl.constexpr, WARPS: tl.constexpr):
     """(WARPS, lines, 128) in the shape in which a look-up, too, leaves numbers in the threads that hold them."""
     y = tl.permute(tl.reshape(x, (WARPS, SIZE // (128 * WARPS), 32, 4)), (2, 0, 1, 3))
@@ -110,8 +121,7 @@ def encode_kernel(
     place = line * 128 + tl.arange(0, 128)[None, None, :]
     column = place % PADDED
     there = column < DIM
-    own = first + place // PADDED
-    x = tl.load(vectors_ptr + own * DIM + column, mask=(own < n) & there, other=0.0).to(tl.float32)
+    x = _load(vectors_ptr + first * DIM, n - first, DIM, PADDED, LINES, WARPS)
     if UNIT:
         x, length = _normalised(x, ROWS, PADDED, DIM)
         x = tl.div_rn(x, tl.sqrt_rn(tl.full(x.shape, DIM, tl.float32)))
@@ -126,7 +136,7 @@ def encode_kernel(
     x = transform(x, place, factors_ptr, sources_ptr, DIM, PADDED, LOG, SIZE, WARPS, ROUNDS, PERMUTED)
 
     y = _lanes_first(x, SIZE, WARPS)
-    cell = (y * SCALE + _ROUND).to(tl.int32, bitcast=True) & (CELLS - 1)
+    cell = tl.fma(y, SCALE, _ROUND).to(tl.int32, bitcast=True) & (CELLS - 1)
     if not ONE_BAND:
         cell += _lanes_first(tl.load(bands_ptr + column), SIZE, WARPS)
     word, levels = tl.load(cells_ptr + cell), tl.load(cells_ptr + CELLS + cell)
@@ -313,5 +323,6 @@ def encode(
         UNIT=unit,
         num_warps=warps,
         num_stages=1,
+        enable_fp_fusion=False,  # which of two products an addition takes in would depend on a row's place
     )
     return packed, norms, dots, products

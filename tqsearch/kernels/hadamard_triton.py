@@ -141,7 +141,7 @@ def _butterfly(x, column, SIZE: tl.constexpr, PADDED: tl.constexpr, PREFIX: tl.c
     else:
         y = tl.reshape(x, (SIZE >> (BIT + 1), 2, 1 << BIT))
         total = tl.sum(y, axis=1, keep_dims=True)
-        y = tl.reshape(tl.where(tl.arange(0, 2)[None, :, None] == 0, total, total - 2.0 * y), x.shape)
+        y = tl.reshape(tl.where(tl.arange(0, 2)[None, :, None] == 0, total, tl.fma(y, -2.0, total)), x.shape)
         if PREFIX == PADDED:
             return y
         else:
