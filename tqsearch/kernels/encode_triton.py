@@ -240,7 +240,7 @@ def _cells(bands: tuple[BandTable, ...]) -> tuple[Tensor, float]:
     return found.roll(half, dims=2).view(torch.int64)[..., 0], scale
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _layout(bands: tuple[BandTable, ...]) -> Layout:
     """The layout of bands; tensors compare by identity, and a quantizer's tables stay the same objects."""
     device = bands[0].levels.device

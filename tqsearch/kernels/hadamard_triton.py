@@ -41,7 +41,7 @@ def shape_of(dim: int, permuted: bool) -> tuple[int, int, int]:
     return padded, max(1, (warps << WARP_BITS) // padded), warps
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def tables(factors: Tensor, orders: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
     """What `transform` reads, on the device of the factors; cached, as a rotation's tensors stay the same objects.
 
