@@ -7,7 +7,7 @@ it lies in the program's rows, one after the other.
 A Hadamard matrix is a chain of butterflies, one for each bit of a column's number. Of the bits 0 to 6 most have their
 partners in other threads, and to fetch those costs more than to add. So four bits at a time are one product with a
 16 x 16 matrix of ones and minus ones on the tensor cores, whose rule for which thread holds what brings the partners
-together; after two such products every number is back in the thread that it came from. They are as good as float32: a
+together; after two such products every number is back in the thread that it came from. They are nearly float32: a
 number is the sum of two float16, to 2^-24 of itself; ones are exact; sums are float32. From bit 8 on partners are in
 one thread.
 
