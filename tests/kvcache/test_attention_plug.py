@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from tqsearch import kernels
 from tqsearch.kvcache import TurboQuantCache
 from tqsearch.kvcache import attention as plug
+from tqsearch.kvcache.policy import LayerBits, PerLayer
 
 BLOCK = 32
 STEPS = (70, 1, 1, 5, 1, 30, 1, 1)
@@ -49,8 +50,9 @@ def close(actual, expected, tolerance=1e-4):
 @pytest.mark.parametrize("bits", [(4, 4), (3, 2.5)])
 @pytest.mark.parametrize("name", families.CONFIGS)
 @torch.no_grad()
-def test_logits(name, bits, counted):
-    """Left padding, a first prompt, single tokens, drafts of five and a chunk too long for the kernel."""
+def test_logits(name, bits, counted, monkeypatch):
+    """Left padding, a first prompt, single tokens, drafts of five and a chunk that is read tile by tile."""
+    monkeypatch.setattr(plug, "_warned", {"way with keys or values alone"} if name in NO_CODES else set())
     model = families.make(name)
     own = families.attention_of(model)
     fused, plain = caches(model, key_bits=bits[0], value_bits=bits[1] if name not in NO_CODES else bits[0])
@@ -174,6 +176,34 @@ def test_what_the_kernel_lacks_is_decoded_and_said_once(hindrance, counted, monk
         logits = query.double() @ (keys + 0).double().repeat_interleave(2, dim=1).transpose(2, 3) / 8 + bias
         expected = torch.softmax(logits, dim=3) @ (values + 0).double().repeat_interleave(2, dim=1)
         close(out.double(), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"outlier_channels": 4}, "outlier channels"),
+        ({"policy": PerLayer((LayerBits(4, None),) * 2)}, "way with keys or values alone"),
+        ({"policy": PerLayer((LayerBits(None, 4),) * 2)}, "way with keys or values alone"),
+    ],
+)
+@torch.no_grad()
+def test_codes_that_the_kernel_does_not_read_are_decoded_and_said_once(options, said, counted, monkeypatch):
+    monkeypatch.setattr(plug, "_warned", set())
+    model = families.make("llama")
+    own = families.attention_of(model)
+    fused, plain = caches(model, **options)
+    ids = families.tokens(1, 92)
+    model(ids[:, :90], past_key_values=fused)
+    with pytest.warns(UserWarning, match=f"has no {said}: these layers decode"):
+        first = model(ids[:, 90:91], past_key_values=fused).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = model(ids[:, 91:], past_key_values=fused).logits
+    assert not counted
+    model.set_attn_implementation(own)
+    model(ids[:, :90], past_key_values=plain)
+    close(first, model(ids[:, 90:91], past_key_values=plain).logits)
+    close(second, model(ids[:, 91:], past_key_values=plain).logits)
 
 
 def test_gradients_are_of_decoded_states(counted, monkeypatch):

@@ -93,14 +93,17 @@ def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Ten
     That is where nothing is compressed yet, only one of the two is, a codec is of another kind, or a gradient is asked
     for.
     """
-    if keys.codec is None or values.codec is None or keys.compressed is None or values.compressed is None:
+    if keys.compressed is None or values.compressed is None:
+        if keys.compressed is not None or values.compressed is not None:
+            _warn("way with keys or values alone")
         return None
-    if len(keys.compressed) != len(values.compressed):
+    if keys.codec is None or values.codec is None or len(keys.compressed) != len(values.compressed):
         return None
     if keys.codec.quantizer.codec == "trellis" or values.codec.quantizer.codec == "trellis":
         _warn("trellis codes")
         return None
     if type(keys.codec) is not KeyCodec or type(values.codec) is not ValueCodec:
+        _warn("outlier channels")
         return None
     if (keys.recent.requires_grad or values.recent.requires_grad) and torch.is_grad_enabled():
         return None
