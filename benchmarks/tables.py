@@ -27,7 +27,7 @@ HEADER = (
 )
 
 
-NEARLY = 1.2
+NEARLY = 1.15
 TRAINED_HEADER = (
     "data",
     "bits",
