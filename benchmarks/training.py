@@ -38,7 +38,7 @@ from tqsearch.recipe import Recipe
 from tqsearch.segments import Columns
 
 COUNT, DIM, SAMPLE = 1_000_000, 1024, 100_000
-BATCHES = (1, 16, 256)
+BATCHES = (16, 256)
 WIDTHS = (4, 2, 1)
 K = 10
 FEW = 1 << 14  # rows that compile what all rows need
