@@ -92,7 +92,7 @@ _TRELLIS_CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
 # Of several bands: two accumulators are alive, and whatever is wider spills registers.
 _SEVERAL = ((16, Config(16, 32, 128, 8, 3, 0, False)), (32, Config(32, 32, 128, 8, 2, 0, False)))
 _EXACT = Config(16, 16, 128, 8, 2, 0, False)  # small steps: they are unrolled, and compile in proportion
-_SHARED = 200_000  # bytes of shared memory that queries and codes may take
+_RESERVE = 32_000  # bytes of shared memory beside queries and codes
 GLUON = Config(128, 64, 256, 8, 4, 1, True)
 
 
@@ -100,8 +100,11 @@ Shapes = tuple[tuple[int, int, str], ...]  # of bands: size, width, codec
 
 
 @lru_cache(maxsize=1024)
-def config_for(queries: int, bands: Shapes, exact: bool) -> Config:
-    """How a scan of so many queries is cut; the columns a step divide the planes' bytes where 32 or more can."""
+def config_for(queries: int, bands: Shapes, exact: bool, shared: int) -> Config:
+    """How a scan of so many queries is cut, where a program may take so many bytes of shared memory.
+
+    The columns a step divide the planes' bytes where 32 or more can.
+    """
     if exact:
         return _EXACT
     along = any(codec == "trellis" for _, _, codec in bands)
@@ -116,7 +119,7 @@ def config_for(queries: int, bands: Shapes, exact: bool) -> Config:
     whole = next((c for c in (128, 64, 32) if c <= config.block_c and all(plane % c == 0 for plane in planes)), None)
     config = config._replace(block_c=whole or min(config.block_c, 32 if along else 64))
     coordinates, row = sum(size for size, _, _ in bands), sum(Band(size, width).nbytes for size, width, _ in bands)
-    if config.resident and config.block_q * coordinates + config.num_stages * config.tile * row > _SHARED:
+    if config.resident and config.block_q * coordinates + config.num_stages * config.tile * row > shared - _RESERVE:
         return config._replace(resident=False, tile=128, num_warps=4, num_stages=3, programs=0)
     return config
 
@@ -131,5 +134,5 @@ def gluon_fits(queries: int, bands: Shapes) -> bool:
         and codec == "scalar"
         and width in (1, 2)
         and size * width % (8 * GLUON.block_c) == 0
-        and GLUON.block_q * size + codes <= _SHARED
+        and GLUON.block_q * size + codes <= 200_000  # bytes of shared memory
     )

@@ -100,8 +100,12 @@ def _arrange(queries: Tensor, layout: Layout, exact: bool, beyond: int) -> Arran
 
 
 @lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def _multiprocessors(device: torch.device) -> tuple[int, int]:
+    """How many the device has, and the bytes of shared memory of each that a program may take."""
+    if device.type != "cuda":
+        return 2, 232_448
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 1 << 16)  # not on AMD
 
 
 @lru_cache(maxsize=64)
@@ -135,7 +139,9 @@ class Scanner:
     ) -> None:
         self.rows, self.device, self.exact = len(packed), packed.device, exact
         self._gluon = gluon
-        self.config = config = config or (GLUON if gluon else config_for(len(queries), _shapes(bands), exact))
+        self.config = config = config or (
+            GLUON if gluon else config_for(len(queries), _shapes(bands), exact, _multiprocessors(self.device)[1])
+        )
         key = tuple([(b.size, b.width, b.codec, *entries(b, exact)) for b in bands])
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
         self.layout = layout = layout_of(key, config.block_c, exact, aligned, packed.device)
@@ -190,7 +196,7 @@ class Scanner:
         blocks, tiles = -(-count // config.block_q), -(-n // config.tile)
         programs = tiles
         if config.programs:
-            programs = max(1, min(tiles, _processors(self.device) * config.programs // blocks))
+            programs = max(1, min(tiles, _multiprocessors(self.device)[0] * config.programs // blocks))
         if self._gluon and maxima:
             self._scan_in_gluon(programs * blocks, out, n, queries.start, programs)
             return
