@@ -201,15 +201,18 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def prefetch(self) -> None:
         """Moves everything back to the layer's device."""
         if self.past is not None and self.past[0].recent.device != self.device:
-            kept = self.past
+            kept, on_gpu = self.past, self.device.type == "cuda"
+            if on_gpu:
+                # The library fetches on a stream of its own, and does not make it wait for what is still on its way to
+                # the CPU; and what is fetched there must outlive its uses on the usual stream.
+                usual = torch.cuda.default_stream(self.device)
+                torch.cuda.current_stream(self.device).wait_stream(usual)
             self.past = kept[0].to(self.device), kept[1].to(self.device)
             self._fetched = tuple(zip(kept, self.past, strict=True))
-            if self.device.type == "cuda":
-                # The library fetches on a stream of its own: what it fetched must outlive its uses on the usual one.
-                stream = torch.cuda.default_stream(self.device)
+            if on_gpu:
                 for history in self.past:
                     for tensor in history.tensors().values():
-                        tensor.record_stream(stream)
+                        tensor.record_stream(usual)
 
 
 def _latent_bits(settings: LayerSettings, keys: Tensor, values: Tensor) -> LayerBits:

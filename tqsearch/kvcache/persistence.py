@@ -28,6 +28,8 @@ _LATER = {"codec": "scalar"}  # options that older files lack, and what they mea
 
 def save(cache: TurboQuantCache, path: str | os.PathLike[str]) -> None:
     """Writes a cache; see `format` for the file."""
+    if cache.offloading and torch.cuda.is_available():
+        torch.cuda.synchronize()  # what goes to the CPU may still be on its way
     tensors: dict[str, Tensor] = {}
     settings = next(layer.settings for layer in cache.layers if isinstance(layer, TurboQuantLayer))
     entries = []
