@@ -17,41 +17,46 @@ class ReadWriteLock:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._queue: deque[object] = deque()  # who waits, in the order of arrival
-        self._readers = 0
-        self._writing = False
+        self._readers: set[object] = set()
+        self._writer: object | None = None
 
     @contextmanager
     def read(self) -> Iterator[None]:
         """Holds the lock together with other readers."""
-        with self._condition:
-            self._wait_until(lambda: not self._writing)
-            self._readers += 1
+        me = object()
         try:
-            yield
-        finally:
             with self._condition:
-                self._readers -= 1
-                self._condition.notify_all()
+                self._wait_until(me, lambda: self._writer is None)
+                self._readers.add(me)
+            yield
+        finally:  # also of one who was interrupted on the way in
+            self._leave(me)
 
     @contextmanager
     def write(self) -> Iterator[None]:
         """Holds the lock alone."""
-        with self._condition:
-            self._wait_until(lambda: not self._writing and not self._readers)
-            self._writing = True
+        me = object()
         try:
+            with self._condition:
+                self._wait_until(me, lambda: self._writer is None and not self._readers)
+                self._writer = me
             yield
         finally:
-            with self._condition:
-                self._writing = False
-                self._condition.notify_all()
+            self._leave(me)
 
-    def _wait_until(self, free: Callable[[], bool]) -> None:
-        """Waits in the queue, with the condition held, until this thread is its head and the lock is free for it."""
-        place = object()
-        self._queue.append(place)
-        try:
-            self._condition.wait_for(lambda: self._queue[0] is place and free())
-        finally:
-            self._queue.remove(place)
+    def _wait_until(self, me: object, free: Callable[[], bool]) -> None:
+        """Waits in the queue, with the condition held, until it is one's turn and the lock is free."""
+        self._queue.append(me)
+        self._condition.wait_for(lambda: self._queue[0] is me and free())
+        self._queue.popleft()
+        self._condition.notify_all()  # who is next may be free to enter too
+
+    def _leave(self, me: object) -> None:
+        """Takes one out of wherever one is."""
+        with self._condition:
+            self._readers.discard(me)
+            if self._writer is me:
+                self._writer = None
+            if me in self._queue:
+                self._queue.remove(me)
             self._condition.notify_all()

@@ -1,8 +1,12 @@
 """The lock of an index: writers alone, readers together, nobody starved."""
 
+import linecache
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,3 +189,44 @@ def test_one_who_gives_up_waiting_does_not_block_the_rest(monkeypatch: pytest.Mo
     release.set()
     join(threads)
     assert passed == (["writer", "reader"] if ahead else ["reader"])
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_an_interrupt_on_the_way_in_leaves_the_lock_free(kind: str) -> None:
+    """At every line until it is held, as Ctrl-C comes; those who come later are served.
+
+    But for the end of a `with`, where Python itself lets no signal in before `__exit__` is called.
+    """
+
+    def line(frame: Any, event: str, argument: object) -> Any:
+        nonlocal count
+        if Path(frame.f_code.co_filename).name != "locks.py":
+            return None
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not text.lstrip().startswith("with "):
+            count += 1
+            if count == at:
+                raise KeyboardInterrupt
+        return line
+
+    before = sys.gettrace()
+    for number in range(1, 100):
+        lock, at, count = ReadWriteLock(), number, 0
+        held = getattr(lock, kind)()
+        sys.settrace(line)
+        try:
+            held.__enter__()
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        join(start(lambda lock=lock: take_both(lock)))  # type: ignore[misc]
+    assert number > 5
+
+
+def take_both(lock: ReadWriteLock) -> None:
+    with lock.read():
+        pass
+    with lock.write():
+        pass
