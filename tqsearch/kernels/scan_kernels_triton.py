@@ -96,6 +96,76 @@ def _product(part, queries, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _band_products(
+    codes_ptr,
+    rows,
+    values_ptr,
+    query,
+    pieces,
+    tables_ptr,
+    ROW: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BAND: tl.constexpr,
+    CONSTANTS: tl.constexpr,  # of the band; see `scan_kernel`
+    ASSEMBLY: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    EXACT: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+):
+    """The sums over one band of levels times query, (TILE, BLOCK_Q); a function, as bands differ in their types."""
+    SLOT: tl.constexpr = CONSTANTS[4]
+    acc = tl.zeros((TILE, BLOCK_Q), tl.float32 if EXACT else tl.int32)
+    # fmt: off
+    if RESIDENT:
+        for c in tl.static_range((CONSTANTS[1] + BLOCK_C - 1) // BLOCK_C):
+            parts = _parts(codes_ptr, rows, c * BLOCK_C, tables_ptr, ROW, BAND, CONSTANTS, ASSEMBLY, BLOCK_C, EVEN_ROWS)
+            for p in tl.static_range(len(parts)):
+                acc = _product(parts[p], pieces[SLOT // BLOCK_C + c * len(parts) + p], acc, EXACT)
+    else:
+        for start in tl.range(0, CONSTANTS[1], BLOCK_C, num_stages=STAGES):
+            parts = _parts(codes_ptr, rows, start, tables_ptr, ROW, BAND, CONSTANTS, ASSEMBLY, BLOCK_C, EVEN_ROWS)
+            for p in tl.static_range(len(parts)):
+                slots = SLOT + start * len(parts) + p * BLOCK_C + tl.arange(0, BLOCK_C)
+                value = tl.load(values_ptr + query[:, None] * SLOTS + slots[None, :])
+                acc = _product(parts[p], value, acc, EXACT)
+    # fmt: on
+    return acc
+
+
+@triton.jit
+def _band_sums(
+    codes_ptr,
+    rows,
+    values_ptr,
+    query,
+    tables_ptr,
+    ROW: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BAND: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    EXACT: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+):
+    """`_band_products` for one query, (TILE,), by sums in place of a matrix product."""
+    DTYPE: tl.constexpr = tl.float32 if EXACT else tl.int32
+    acc = tl.zeros((TILE,), DTYPE)
+    for start in range(0, CONSTANTS[1], BLOCK_C):
+        parts = _parts(codes_ptr, rows, start, tables_ptr, ROW, BAND, CONSTANTS, ASSEMBLY, BLOCK_C, EVEN_ROWS)
+        for p in tl.static_range(len(parts)):
+            slots = CONSTANTS[4] + start * len(parts) + p * BLOCK_C + tl.arange(0, BLOCK_C)
+            value = tl.load(values_ptr + query * SLOTS + slots)
+            acc += tl.sum(parts[p].to(DTYPE) * value.to(DTYPE)[None, :], axis=1)
+    return acc
+
+
+@triton.jit
 def _score_tile(
     tile,
     pieces,  # of `_query_pieces` if RESIDENT
@@ -136,24 +206,10 @@ def _score_tile(
     rows = (first_row + tl.where(inside, place, n - 1)).to(tl.int64)
     score = tl.zeros((TILE, BLOCK_Q), tl.float32)
     for b in tl.static_range(len(BANDS)):
-        CONSTANTS: tl.constexpr = BANDS[b]
-        SLOT: tl.constexpr = CONSTANTS[4]
-        acc = tl.zeros((TILE, BLOCK_Q), tl.float32 if EXACT else tl.int32)
         # fmt: off
-        if RESIDENT:
-            for c in tl.static_range((CONSTANTS[1] + BLOCK_C - 1) // BLOCK_C):
-                parts = _parts(codes_ptr, rows, c * BLOCK_C, tables_ptr, ROW, b, CONSTANTS,
-                               tl.constexpr(ASSEMBLIES[b]), BLOCK_C, EVEN_ROWS)
-                for p in tl.static_range(len(parts)):
-                    acc = _product(parts[p], pieces[SLOT // BLOCK_C + c * len(parts) + p], acc, EXACT)
-        else:
-            for start in tl.range(0, CONSTANTS[1], BLOCK_C, num_stages=STAGES):
-                parts = _parts(codes_ptr, rows, start, tables_ptr, ROW, b, CONSTANTS,
-                               tl.constexpr(ASSEMBLIES[b]), BLOCK_C, EVEN_ROWS)
-                for p in tl.static_range(len(parts)):
-                    slots = SLOT + start * len(parts) + p * BLOCK_C + tl.arange(0, BLOCK_C)
-                    value = tl.load(values_ptr + query[:, None] * SLOTS + slots[None, :])
-                    acc = _product(parts[p], value, acc, EXACT)
+        acc = _band_products(
+            codes_ptr, rows, values_ptr, query, pieces, tables_ptr, ROW, SLOTS, b, tl.constexpr(BANDS[b]),
+            tl.constexpr(ASSEMBLIES[b]), TILE, BLOCK_Q, BLOCK_C, STAGES, RESIDENT, EXACT, EVEN_ROWS)
         # fmt: on
         alpha = tl.load(alpha_ptr + b * alpha_stride + query)
         beta = tl.load(beta_ptr + b * alpha_stride + query)
@@ -318,17 +374,11 @@ def rescore_kernel(
     rows = tl.where(inside, place, n - 1)
     score = tl.zeros((TILE,), tl.float32)
     for b in tl.static_range(len(BANDS)):
-        CONSTANTS: tl.constexpr = BANDS[b]
-        DTYPE: tl.constexpr = tl.float32 if EXACT else tl.int32
-        acc = tl.zeros((TILE,), DTYPE)
-        for start in range(0, CONSTANTS[1], BLOCK_C):
-            parts = _parts(
-                codes_ptr, rows, start, tables_ptr, ROW, b, CONSTANTS, tl.constexpr(ASSEMBLIES[b]), BLOCK_C, EVEN_ROWS
-            )
-            for p in tl.static_range(len(parts)):
-                slots = CONSTANTS[4] + start * len(parts) + p * BLOCK_C + tl.arange(0, BLOCK_C)
-                value = tl.load(values_ptr + query * SLOTS + slots)
-                acc += tl.sum(parts[p].to(DTYPE) * value.to(DTYPE)[None, :], axis=1)
+        # fmt: off
+        acc = _band_sums(
+            codes_ptr, rows, values_ptr, query, tables_ptr, ROW, SLOTS, b, tl.constexpr(BANDS[b]),
+            tl.constexpr(ASSEMBLIES[b]), TILE, BLOCK_C, EXACT, EVEN_ROWS)
+        # fmt: on
         alpha = tl.load(alpha_ptr + b * alpha_stride + query)
         beta = tl.load(beta_ptr + b * alpha_stride + query)
         score += acc.to(tl.float32) * alpha + beta
