@@ -58,7 +58,11 @@ def assembly(width: int, steps: Sequence[int], quad: bool, register: Callable[[i
     """
     words = [int.from_bytes(bytes(steps[i : i + 4]), "little") for i in range(0, len(steps), 4) if width in (2, 3, 4)]
     table = [f"{word:#x}" if register is None or i % 2 else register(word) for i, word in enumerate(words)]
-    if width == 1:  # the code is its own number
+    if width == 1 and steps[1] == -128:  # shifts to the left run beside the masks, on another unit
+        lines = ["and.b32 $7, $8, 0x80808080;"]
+        for part in range(7):
+            lines += [f"shl.b32 a, $8, {7 - part};", f"and.b32 ${part}, a, 0x80808080;"]
+    elif width == 1:  # the code is its own number
         lines = ["and.b32 $0, $8, 0x01010101;"]
         for part in range(1, 8):
             lines += [f"shr.u32 a, $8, {part};", f"and.b32 ${part}, a, 0x01010101;"]
