@@ -28,7 +28,7 @@ def test_scan_finds_rows_behind_two_gigabytes(oracle, k, precision):
     rows = b"".join(oracle.pack(row.tolist(), [(DIM, 4)]) for row in codes)
     packed = torch.randint(0, 256, (count, DIM // 2), dtype=torch.uint8, device="cuda")
     packed[torch.from_numpy(places).cuda()] = torch.from_numpy(
-        np.frombuffer(rows, np.uint8).reshape(-1, DIM // 2)
+        np.frombuffer(rows, np.uint8).reshape(-1, DIM // 2).copy()
     ).cuda()
     boundaries = torch.from_numpy((levels[1:] + levels[:-1]) / 2).cuda()
     band = BandTable(DIM, 4, boundaries, torch.from_numpy(levels).cuda(), tuple(map(int, numbers)), 63.5, 1 / 64)
