@@ -122,7 +122,8 @@ def test_a_move_while_rows_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def slowly(*arguments: Any, **options: Any) -> Any:
         columns = encode_blocks(*arguments, **options)
-        index.to("cuda")
+        if index.device.type == "cpu":  # not again under the lock, where the rows are encoded anew
+            index.to("cuda")
         return columns
 
     index.add(rows(100, dim=64))
