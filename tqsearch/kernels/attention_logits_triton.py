@@ -100,7 +100,7 @@ def logits(query: Tensor, keys: Compressed, offset: Tensor | None, scaling: floa
             KEY_ROW=keys.packed.shape[3],
             KEY_BANDS=ready.cut.bands,
             KEY_ASSEMBLIES=ready.cut.assemblies,
-            REGISTERS=registers(band_keys(keys.bands)) if ready.cut.assemblies[0] else "",
+            REGISTERS=registers(band_keys(keys.bands)) if any(ready.cut.assemblies) else "",
             num_warps=4,
         )
     return out
