@@ -298,9 +298,9 @@ def test_chosen_tiles_are_those_of_largest_maximum(oracle, device, tiles, k):
     np.testing.assert_array_equal(-np.sort(-own, axis=1), -np.sort(-maxima, axis=1)[:, :k])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Gluon has no interpreter")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="slow in the interpreter")
 @pytest.mark.parametrize("terms", [False, True])
 @pytest.mark.parametrize("plan", ["1 bit, whole columns", "2 bits, whole columns"])
 def test_many_queries(oracle, device, plan, terms):
-    """More than 64: on a GPU of compute capability 9.0 by the kernel in Gluon. The last tile is not whole."""
+    """More than 64; the last tile is not whole."""
     Case(oracle, PLANS[plan], 1500, 130, 15, device).check(1, bias=terms, mask=terms, precision="int8")

@@ -47,7 +47,7 @@ _CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
     3: (
         (16, Config(16, 64, 64, 4, 3, 3, True)),
         (64, Config(64, 32, 128, 4, 3, 0, False)),
-        (128, Config(128, 32, 128, 8, 2, 1, True)),
+        (128, Config(128, 32, 128, 4, 2, 2, False)),
     ),
     4: (
         (8, Config(8, 128, 128, 4, 3, 0, False)),
@@ -93,7 +93,6 @@ _TRELLIS_CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
 _SEVERAL = ((16, Config(16, 32, 128, 8, 3, 0, False)), (32, Config(32, 32, 128, 8, 2, 0, False)))
 _EXACT = Config(16, 16, 128, 8, 2, 0, False)  # small steps: they are unrolled, and compile in proportion
 _RESERVE = 32_000  # bytes of shared memory beside queries and codes
-GLUON = Config(128, 64, 256, 8, 4, 1, True)
 
 
 Shapes = tuple[tuple[int, int, str], ...]  # of bands: size, width, codec
@@ -122,17 +121,3 @@ def config_for(queries: int, bands: Shapes, exact: bool, shared: int) -> Config:
     if config.resident and config.block_q * coordinates + config.num_stages * config.tile * row > shared - _RESERVE:
         return config._replace(resident=False, tile=128, num_warps=4, num_stages=3, programs=0)
     return config
-
-
-def gluon_fits(queries: int, bands: Shapes) -> bool:
-    """Whether `gluon_scan_kernel` is the faster one, cut by GLUON, where it runs."""
-    size, width, codec = bands[0]
-    codes = GLUON.num_stages * GLUON.tile * GLUON.block_c
-    return (
-        queries > 64
-        and len(bands) == 1
-        and codec == "scalar"
-        and width in (1, 2)
-        and size * width % (8 * GLUON.block_c) == 0
-        and GLUON.block_q * size + codes <= 200_000  # bytes of shared memory
-    )

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
-from tqsearch.kernels.scan_cuts import GLUON, Config, Shapes, config_for, gluon_fits
+from tqsearch.kernels.scan_cuts import Config, Shapes, config_for
 from tqsearch.kernels.scan_kernels_triton import (
     arrange_kernel,
     best_kernel,
@@ -33,7 +33,7 @@ from tqsearch.kernels.scan_kernels_triton import (
     rescore_kernel,
     scan_kernel,
 )
-from tqsearch.kernels.scan_layout import INTERPRETED, Layout, entries, layout_of
+from tqsearch.kernels.scan_layout import Layout, entries, layout_of
 
 _FEW = 32  # the largest k whose best tiles and rows one program picks
 
@@ -108,20 +108,6 @@ def _multiprocessors(device: torch.device) -> tuple[int, int]:
     return found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 1 << 16)  # not on AMD
 
 
-@lru_cache(maxsize=64)
-def _has_wgmma(device: torch.device) -> bool:
-    """Whether the device is an NVIDIA GPU of compute capability 9.0."""
-    compiled = device.type == "cuda" and torch.version.cuda is not None and not INTERPRETED
-    return compiled and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@lru_cache(maxsize=1)
-def _gluon_launcher() -> Launcher:
-    from tqsearch.kernels.scan_gluon import gluon_scan_kernel  # experimental in Triton: imported where it is used
-
-    return Launcher(gluon_scan_kernel)
-
-
 class Scanner:
     """One batch of queries over a run of rows: the steps of `scan`, with all that they share."""
 
@@ -135,13 +121,11 @@ class Scanner:
         bands: tuple[BandTable, ...],
         exact: bool,
         config: Config | None = None,
-        gluon: bool = False,
     ) -> None:
         self.rows, self.device, self.exact = len(packed), packed.device, exact
-        self._gluon = gluon
-        self.config = config = config or (
-            GLUON if gluon else config_for(len(queries), _shapes(bands), exact, _multiprocessors(self.device)[1])
-        )
+        if config is None:
+            config = config_for(len(queries), _shapes(bands), exact, _multiprocessors(self.device)[1])
+        self.config = config
         key = tuple([(b.size, b.width, b.codec, *entries(b, exact)) for b in bands])
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
         self.layout = layout = layout_of(key, config.block_c, exact, aligned, packed.device)
@@ -197,9 +181,6 @@ class Scanner:
         programs = tiles
         if config.programs:
             programs = max(1, min(tiles, _multiprocessors(self.device)[0] * config.programs // blocks))
-        if self._gluon and maxima:
-            self._scan_in_gluon(programs * blocks, out, n, queries.start, programs)
-            return
         _launch_scan(
             (programs * blocks, 1, 1),
             (maxima, *self._key),
@@ -211,30 +192,6 @@ class Scanner:
                 "MANY": config.programs > 0,
                 "MAXIMA": maxima,
                 **self._constants(),
-            },
-            num_warps=config.num_warps,
-        )
-
-    def _scan_in_gluon(self, grid: int, out: Tensor, n: int, first_query: int, programs: int) -> None:
-        config, (count, stride) = self.config, out.shape
-        width, columns = self.layout.bands[0][:2]
-        _gluon_launcher()(
-            (grid, 1, 1),
-            self._key,
-            (*self._operands[:7], out, n, first_query, count, stride, programs),
-            lambda: {
-                "ROW": self._row,
-                "SLOTS": len(self.layout.slots),
-                "WIDTH": width,
-                "COLUMNS": columns,
-                "ASSEMBLY": self.layout.assemblies[0],
-                "TILE": config.tile,
-                "BLOCK_Q": config.block_q,
-                "BLOCK_C": config.block_c,
-                "STAGES": config.num_stages,
-                "HAS_BIAS": self._has_bias,
-                "HAS_MASK": self._has_mask,
-                "WARPS": config.num_warps,
             },
             num_warps=config.num_warps,
         )
@@ -295,14 +252,7 @@ def scan(
     k = min(k, n)
     if count == 0 or n == 0:
         return queries.new_empty((count, k)), torch.empty((count, k), dtype=torch.int64, device=packed.device)
-    gluon = (
-        _has_wgmma(packed.device)
-        and precision != "exact"
-        and gluon_fits(count, _shapes(bands))
-        and n >= 4 * k * GLUON.tile
-    )
-    gluon = gluon and packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
-    scanner = Scanner(queries, packed, scales, bias, mask, bands, precision == "exact", gluon=gluon)
+    scanner = Scanner(queries, packed, scales, bias, mask, bands, precision == "exact")
     floats = _numbers_held(packed)
     tiles = -(-n // scanner.config.tile)
     if tiles < 4 * k:
