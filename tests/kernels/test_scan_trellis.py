@@ -138,7 +138,7 @@ def test_reference(device, plan):
 
 
 @pytest.mark.skipif(not GPU, reason="assembly needs a GPU")
-@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan not in SMALL])
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan not in (*SMALL, "few")])  # "few" is not aligned
 def test_assembly_equals_portable_code(device, plan, monkeypatch):
     """Integer arithmetic, so the scores are equal to the last bit; each number of queries is another cut."""
     from tqsearch.kernels import scan_layout, scan_triton
