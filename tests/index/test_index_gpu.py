@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SavedOf = Callable[[TurboQuantIndex], bytes]
 N, DIM = 1 << 18, 1024  # 1 GiB in float32, 132 MB in codes
+PIECE = 2 << 20  # bytes
 
 
 def rows(n: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
@@ -157,8 +158,18 @@ def test_a_filter_copies_no_codes(vectors: np.ndarray) -> None:
         assert peak <= plain + few + 16 * N
 
 
+def filled() -> list[torch.Tensor]:
+    """All that is left to the allocator, in pieces."""
+    pieces = []
+    try:
+        while True:
+            pieces.append(torch.empty(PIECE, dtype=torch.uint8, device="cuda"))
+    except torch.OutOfMemoryError:
+        return pieces
+
+
 def test_without_memory_an_add_changes_nothing(vectors: np.ndarray) -> None:
-    """The limit is what is in use and a little more: of an add some step fails, and the index goes on as it was."""
+    """All that the allocator holds is taken but for a little: of an add some step fails, and the index is as it was."""
     index = TurboQuantIndex(DIM, 4, device="cuda")
     index.add(vectors[: N // 2])
     wanted = index.search(vectors[:16], 10)
@@ -169,7 +180,9 @@ def test_without_memory_an_add_changes_nothing(vectors: np.ndarray) -> None:
         for free in (8 << 20, 100 << 20, 200 << 20):
             for ids in (None, np.arange(N, N + len(more))):
                 torch.cuda.empty_cache()
-                torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + free) / total)
+                torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+                taken = filled()
+                del taken[: free // PIECE]
                 try:
                     index.add(more, ids=ids)
                 except torch.OutOfMemoryError:
