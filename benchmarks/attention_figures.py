@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.limits_chart import device_of, limits_chart, rows_of
+
 COLOURS = {"K4V4": "#1b4f8a", "K3V3": "#3a86c8", "K2V2": "#2a9d8f"}
 
 
@@ -18,30 +20,17 @@ def names(_: dict[str, Any]) -> list[str]:
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     """Writes the figure into a folder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [dict(zip(result["columns"], row, strict=True)) for row in result["rows"]]
-    figure, axes = plt.subplots(figsize=(8.6, 5.0), layout="constrained")
+    rows = rows_of(result)
     dense = {row["tokens"]: 1e3 * row["dense, ms"] for row in rows}
-    axes.plot(list(dense), list(dense.values()), marker="s", color="#555555", label="dense, bfloat16")
-    for codes, colour in COLOURS.items():
-        mine = [row for row in rows if row["codes"] == codes]
-        if not mine:
-            continue
-        tokens = [row["tokens"] for row in mine]
-        axes.plot(tokens, [1e3 * row["ours, ms"] for row in mine], marker="o", color=colour, label=codes)
-        axes.plot(tokens, [1e3 * row["least, ms"] for row in mine], linestyle=":", linewidth=1.2, color=colour)
-    axes.plot([], [], linestyle=":", color="#777777", label="limits: bytes of codes and scales at the copy's rate")
-    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="microseconds a step and layer")
-    device = result["environment"]["device"].split("+")[-1].strip()
-    axes.set_title(f"batch {rows[0]['batch']}, 32 query heads, 8 KV heads, d = 128, one {device}")
-    axes.set_xticks(list(dense), [f"{count // 1024}k" for count in dense])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / names(result)[0], dpi=110)
-    plt.close(figure)
+    with limits_chart(folder / names(result)[0], "bytes of codes and scales at the copy's rate") as axes:
+        axes.plot(list(dense), list(dense.values()), marker="s", color="#555555", label="dense, bfloat16")
+        for codes, colour in COLOURS.items():
+            mine = [row for row in rows if row["codes"] == codes]
+            if not mine:
+                continue
+            tokens = [row["tokens"] for row in mine]
+            axes.plot(tokens, [1e3 * row["ours, ms"] for row in mine], marker="o", color=colour, label=codes)
+            axes.plot(tokens, [1e3 * row["least, ms"] for row in mine], linestyle=":", linewidth=1.2, color=colour)
+        axes.set(xlabel="tokens of context", ylabel="microseconds a step and layer")
+        axes.set_title(f"batch {rows[0]['batch']}, 32 query heads, 8 KV heads, d = 128, one {device_of(result)}")
+        axes.set_xticks(list(dense), [f"{count // 1024}k" for count in dense])

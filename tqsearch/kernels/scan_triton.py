@@ -25,15 +25,9 @@ from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
 from tqsearch.kernels.scan_cuts import Config, Shapes, config_for
-from tqsearch.kernels.scan_kernels_triton import (
-    arrange_kernel,
-    best_kernel,
-    choose_kernel,
-    group_kernel,
-    rescore_kernel,
-    scan_kernel,
-)
+from tqsearch.kernels.scan_kernels_triton import arrange_kernel, rescore_kernel, scan_kernel
 from tqsearch.kernels.scan_layout import Layout, entries, layout_of
+from tqsearch.kernels.scan_top_triton import best_kernel, choose_kernel, group_kernel
 
 _FEW = 32  # the largest k whose best tiles and rows one program picks
 
