@@ -242,6 +242,31 @@ def test_sliding_window(oracle, device, backend, window):
     case.check(backend)
 
 
+@pytest.mark.parametrize("option", ["plain", "window", "far window", "mask", "added"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_recent_tokens_counted_on_the_device(oracle, device, backend, queries, option):
+    """Buffers with room for more tokens, which hold NaN so far: the result is that of the tokens there are."""
+    case = Case(oracle, device, batch=2, heads=2, queries=queries, recents=21)
+    if option in ("window", "far window"):
+        case.options["sliding_window"] = 12 if option == "window" else 150
+    room = 16
+    mask = torch.from_numpy(case.rng.random((2, 1, queries, case.length + room)) < 0.7).to(device)
+    mask[..., 0] = True
+    if option == "added":
+        mask = torch.where(mask, 0.5, -3.0)
+    if option in ("mask", "added"):
+        case.options["mask"] = mask[..., : case.length]
+    expected = case.expected()
+    recent = (torch.cat([part, torch.full_like(part[:, :, :room], math.nan)], dim=2) for part in case.recent)
+    context = case.context()._replace(recent=Dense(*recent), recents=torch.tensor([21], device=device))
+    options = {"scaling": case.scaling, **case.options}
+    if option in ("mask", "added"):
+        options["mask"] = mask
+    out = kernels.attention(case.query, context, backend=backend, **options)
+    error = np.linalg.norm(out.cpu().double().numpy() - expected) / np.linalg.norm(expected)
+    assert error <= ROUNDING[backend]
+
+
 def test_softcap_and_sink_logits(oracle, device, backend):
     case = Case(oracle, device, heads=2, queries=2)
     case.query *= 20

@@ -44,6 +44,8 @@ class Context(NamedTuple):
         keys, values: the compressed tokens that follow.
         recent: the last tokens.
         offset: (H, D) float32, added to every compressed key's estimate; None for zero.
+        recents: (1,) int64 on the device, how many of `recent` there are yet, at least the queries; what lies beyond
+            is never read. None for all.
     """
 
     sinks: Dense
@@ -51,6 +53,7 @@ class Context(NamedTuple):
     values: Compressed
     recent: Dense
     offset: Tensor | None = None
+    recents: Tensor | None = None
 
     @property
     def compressed(self) -> int:
@@ -59,5 +62,5 @@ class Context(NamedTuple):
 
     @property
     def length(self) -> int:
-        """How many tokens there are in all."""
+        """How many tokens there are in all, with room for more where `recents` counts them."""
         return self.sinks.keys.shape[2] + self.compressed + self.recent.keys.shape[2]

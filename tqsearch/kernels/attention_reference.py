@@ -43,14 +43,21 @@ def block_row(band: BandTable, block: int) -> BandTable:
     return band._replace(size=block)
 
 
-def visible(length: int, queries: int, window: int | None, causal: bool, device: torch.device) -> Tensor:
+def visible(
+    length: int, queries: int, window: int | None, causal: bool, device: torch.device, held: Tensor | None = None
+) -> Tensor:
     """Which of `length` tokens each of the last `queries` may see: (queries, length) bool.
 
     Query i stands at position length - queries + i. With a window it sees the tokens less than `window` before it.
+    Where only the first `held` tokens, (1,) int64, are there yet, the queries are the last of those.
     """
     place = torch.arange(length - queries, length, device=device)[:, None]
+    if held is not None:
+        place = place - length + held
     token = torch.arange(length, device=device)[None, :]
     allowed = token <= place if causal else torch.ones((queries, length), dtype=torch.bool, device=device)
+    if held is not None:
+        allowed = allowed & (token < held)
     return allowed if window is None else allowed & (token > place - window)
 
 
@@ -73,7 +80,11 @@ def attention(
     scores = rows @ keys[:, :, None].transpose(-1, -2) * scaling  # (B, H, G, Tq, T)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    allowed = visible(context.length, count, sliding_window, mask is None, query.device)
+    held = None
+    if context.recents is not None:
+        held = context.length - recent.keys.shape[2] + context.recents
+        values = torch.where(torch.arange(context.length, device=query.device)[:, None] < held, values, 0.0)
+    allowed = visible(context.length, count, sliding_window, mask is None, query.device, held)
     if mask is not None and mask.dtype == torch.bool:
         allowed = allowed & mask[:, :, None]
     elif mask is not None:

@@ -168,7 +168,7 @@ def split_kernel(
     row_blocks,
     compressed,  # C
     sinks,
-    recents,
+    recents,  # a number, or a pointer to it
     splits,
     blocks_a_split,
     first_block,
@@ -225,6 +225,8 @@ def split_kernel(
     """A run of compressed blocks, or the dense tokens, of one KV head and R rows of query heads and queries."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
+    if recents.dtype.is_ptr():  # counted on the device
+        recents = tl.load(recents).to(tl.int32)
     top_ptr = out_ptr + tl.num_programs(0).to(tl.int64) * (R * DV)
     total_ptr = top_ptr + tl.num_programs(0).to(tl.int64) * R
     split = tl.program_id(0) % (splits + 1) - 1

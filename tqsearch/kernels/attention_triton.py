@@ -129,7 +129,7 @@ def attention(
     if query.stride(3) != 1:
         query = query.contiguous()
     batch, query_heads, count, key_dim = query.shape
-    sinks, keys, values, recent, offset = context
+    sinks, keys, values, recent, offset, counted = context
     heads, compressed = keys.scales.shape[1:]
     group, value_dim = query_heads // heads, recent.values.shape[3]
     sink_count, recent_count = sinks.keys.shape[2], recent.keys.shape[2]
@@ -141,7 +141,8 @@ def attention(
     value_cut = _value_cut(values.bands, block, _assembled(), device)
     rows, row_blocks, digits, factors, key_cut = prepared(query, keys, offset, factor)
     tasks = len(digits)
-    first_seen = 0 if sliding_window is None else max(0, length - count - sliding_window + 1)
+    least = length if counted is None else length - recent_count + count  # tokens that there are for certain
+    first_seen = 0 if sliding_window is None else max(0, least - count - sliding_window + 1)
     first_block = min(max(0, first_seen - sink_count), compressed) // block
     blocks = compressed // block - first_block
     blocks_a_split = _blocks_a_split(tasks, blocks, device) if blocks else 1
@@ -165,7 +166,8 @@ def attention(
         query, keys.packed, keys.scales, values.packed, values.scales,
         sinks.keys, sinks.values, recent.keys, recent.values, query if mask is None else mask)
     numbers = (
-        heads, group, count, row_blocks, compressed, sink_count, recent_count, splits, blocks_a_split, first_block,
+        heads, group, count, row_blocks, compressed, sink_count, recent_count if counted is None else counted, splits,
+        blocks_a_split, first_block,
         length + 1 if sliding_window is None else sliding_window, factor, cap)
     strides = (
         *query.stride()[:3], *sinks.keys.stride()[:3], *sinks.values.stride()[:3], *recent.keys.stride()[:3],
@@ -176,7 +178,7 @@ def attention(
         (tasks * (splits + 1), 1, 1),
         (
             (device, key_cut.serial, value_cut.serial, rows, key_dim, value_dim, block),
-            (mask_kind, causal, causal_dense, softcap is None),
+            (mask_kind, causal, causal_dense, softcap is None, counted is None),
             variant(given, strides),
         ),
         (*given, *made, *numbers, *strides, *mask_strides[:2]),
