@@ -90,6 +90,7 @@ def test_gradients_are_dropped():
         (torch.tensor([4, 5], dtype=torch.int32), [4, 5]),
         (np.array([2**63 - 1, -(2**63)]), [2**63 - 1, -(2**63)]),
         (np.arange(10)[::-3], [9, 6, 3, 0]),
+        (np.array([5, np.int8(6)], dtype=object), [5, 6]),  # as pandas hands out
     ],
 )
 def test_ids(values, expected):
@@ -108,6 +109,9 @@ def test_ids(values, expected):
         (3, r"ids must be a 1-d array of integers, got shape \(\)"),
         (np.array([2**63], dtype=np.uint64), "ids must fit in int64, got 9223372036854775808"),
         (torch.tensor([1.5]), "ids must be integers, got dtype float32"),
+        (np.array([1, True], dtype=object), "ids must be integers, got dtype object"),
+        (np.array([1, -(2**63) - 1], dtype=object), "ids must fit in int64, got -9223372036854775809"),
+        (np.ma.masked_equal([1, 2], 2), "ids must be a plain array, got a masked one"),
     ],
 )
 def test_bad_ids_say_what_came(values, message):

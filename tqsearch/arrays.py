@@ -65,16 +65,25 @@ def check_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-def as_ids(values: IdsLike, name: str) -> npt.NDArray[np.int64]:
-    """Ids as a 1-d int64 numpy array; integers only, in the range of int64."""
+def as_numpy(values: IdsLike, name: str) -> npt.NDArray[np.generic]:
+    """Ids, or a mask of them, as a numpy array of whatever shape and dtype they have."""
+    _check_unmasked(values, name)
     try:
-        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     except ValueError as error:
         raise InvalidInputError(f"{name} must be a 1-d array of integers, got rows of several lengths") from error
+
+
+def as_ids(values: IdsLike, name: str) -> npt.NDArray[np.int64]:
+    """Ids as a 1-d int64 numpy array; integers only, in the range of int64."""
+    array = as_numpy(values, name)
     if array.size == 0:
         array = array.astype(np.int64)
-    if array.dtype == object and all(isinstance(value, int) for value in array.flat):
-        raise InvalidInputError(f"{name} must fit in int64, got {max(array.flat, key=abs)}")
+    if array.dtype == object and all(type(value) is int or isinstance(value, np.integer) for value in array.flat):
+        try:
+            array = array.astype(np.int64)
+        except OverflowError as error:
+            raise InvalidInputError(f"{name} must fit in int64, got {max(array.flat, key=abs)}") from error
     if array.ndim != 1:
         raise InvalidInputError(f"{name} must be a 1-d array of integers, got shape {array.shape}")
     if array.dtype.kind not in "iu":
@@ -90,6 +99,7 @@ def _as_tensor(values: ArrayLike, name: str) -> Tensor:
             kind = "a meta tensor" if values.device.type == "meta" else values.layout
             raise InvalidInputError(f"{name} must be a dense tensor with values, got {kind}; convert it to float32")
         return values.detach()
+    _check_unmasked(values, name)
     if not isinstance(values, np.ndarray):
         raise InvalidInputError(
             f"{name} must be a numpy array or a torch tensor, got {type(values).__name__}; wrap it in numpy.asarray"
@@ -101,6 +111,12 @@ def _as_tensor(values: ArrayLike, name: str) -> Tensor:
     if any(stride < 0 for stride in values.strides) or not values.flags.writeable:
         values = values.copy()
     return torch.from_numpy(values)
+
+
+def _check_unmasked(values: object, name: str) -> None:
+    """Refuses numpy's masked arrays: what they hide would count."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise InvalidInputError(f"{name} must be a plain array, got a masked one; call its .filled() or .compressed()")
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tqsearch.arrays import IdsLike, as_ids
+from tqsearch.arrays import IdsLike, as_ids, as_numpy
 from tqsearch.errors import DuplicateIdError, InvalidInputError, UnknownIdError
 from tqsearch.ids import IdMap, Ids
 from tqsearch.segments import Columns, SegmentedRows, put_back
@@ -93,7 +93,7 @@ class Contents:
         Raises:
             InvalidInputError: neither ids nor a bool mask of the right length.
         """
-        values = allow.detach().cpu().numpy() if isinstance(allow, Tensor) else np.asarray(allow)
+        values = as_numpy(allow, "allow")
         if values.dtype == np.bool_:
             if values.shape != (self.next_id,):
                 raise InvalidInputError(

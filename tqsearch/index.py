@@ -28,6 +28,7 @@ from tqsearch.splitmix import permutation
 AUTO_ROWS = 4096  # the first add of at least so many rows trains an index of train="auto"
 _AUTO_SAMPLE = 1 << 16  # rows it draws
 _SAMPLE_STREAM = 64  # of the seed's generator
+_MOST_RESULTS = (1 << 31) - 1  # of one query
 
 
 class TurboQuantIndex:
@@ -145,6 +146,8 @@ class TurboQuantIndex:
             return len(self._contents)
 
     def __contains__(self, id: object) -> bool:
+        if isinstance(id, np.ndarray | Tensor) and id.ndim == 0:  # as one of the ids that a search returns
+            id = id.item()
         if not isinstance(id, int | np.integer) or isinstance(id, bool) or not 0 <= id <= LARGEST_ID:
             return False
         with self._lock.read():
@@ -306,7 +309,7 @@ class TurboQuantIndex:
 
         Args:
             queries: (q, dim) or (dim,), numpy or torch, as for `add`.
-            k: how many, >= 1.
+            k: how many, from 1 to 2^31 - 1.
             allow: which vectors may be returned: integer ids (those not in the index allow nothing), or a bool mask
                 indexed by id, whose length is one more than the largest id there ever was; None for all.
             precision: "int8" lets a GPU round queries and levels to int8: scores were off by up to 0.0024 |q| |x| in
@@ -320,11 +323,13 @@ class TurboQuantIndex:
             Both numpy for numpy queries, else torch on the queries' device.
 
         Raises:
-            InvalidInputError: wrong shape or dtype, a value that is not finite, k < 1, an unknown precision, a mask of
-                another length, or for "ip" and "l2" a query whose squared norm overflows float32.
+            InvalidInputError: wrong shape or dtype, a value that is not finite, k out of range, an unknown precision, a
+                mask of another length, or for "ip" and "l2" a query whose squared norm overflows float32.
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise InvalidInputError(f"k must be an integer of at least 1, got {k!r}")
+        if k > _MOST_RESULTS:
+            raise InvalidInputError(f"k must be at most {_MOST_RESULTS}, got {k}")
         if precision not in kernels.PRECISIONS:
             raise InvalidInputError(f"precision must be 'int8' or 'exact', got {precision!r}")
         matrix = as_matrix(queries, self.dim, "queries", self.device, one=True)

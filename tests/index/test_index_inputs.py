@@ -93,6 +93,7 @@ BAD_VECTORS: dict[str, tuple[Any, str]] = {
     "dates": (np.zeros((2, DIM), "datetime64[s]"), "vectors must be real numbers, got dtype datetime64"),
     "sparse": (torch.eye(DIM).to_sparse(), r"vectors must be a dense tensor with values, got torch\.sparse_coo"),
     "meta": (torch.empty(2, DIM, device="meta"), "vectors must be a dense tensor with values, got a meta tensor"),
+    "masked": (np.ma.masked_less(whole_numbers(9), 5), "vectors must be a plain array, got a masked one"),
     "list": ([[0.0] * DIM], "vectors must be a numpy array or a torch tensor, got list"),
     "none": (None, "vectors must be a numpy array or a torch tensor, got NoneType"),
 }
@@ -169,6 +170,23 @@ class TestNothingChanges:
         says = "k must be an integer of at least 1, got"
         self.unchanged(index, saved, lambda: index.search(np.zeros(DIM), k), InvalidInputError, says)
 
+    @pytest.mark.parametrize("k", [2**31, 2**62, 2**70])
+    def test_more_results_than_arrays_hold(self, index: TurboQuantIndex, saved: SavedOf, k: int) -> None:
+        says = f"k must be at most 2147483647, got {k}"
+        self.unchanged(index, saved, lambda: index.search(np.zeros(DIM), k), InvalidInputError, says)
+
+    @pytest.mark.parametrize(
+        ("allow", "says"),
+        [
+            ([[1], [2, 3]], "allow must be a 1-d array of integers, got rows of several lengths"),
+            ([0.5], "allow must be integers, got dtype float64"),
+            (np.ones(19, bool), r"shape \(20,\), got \(19,\)"),
+            (np.ma.masked_less(np.arange(20), 3), "allow must be a plain array, got a masked one"),
+        ],
+    )
+    def test_bad_filters(self, index: TurboQuantIndex, saved: SavedOf, allow: Any, says: str) -> None:
+        self.unchanged(index, saved, lambda: index.search(np.zeros(DIM), allow=allow), InvalidInputError, says)
+
     @pytest.mark.parametrize("case", [case for case in BAD_VECTORS if case != "one vector"])
     def test_bad_queries(self, index: TurboQuantIndex, saved: SavedOf, case: str) -> None:
         queries, says = BAD_VECTORS[case]
@@ -228,6 +246,16 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, call: str) -> None:
         calls[call]()
     assert index.device.type == "cpu"
     assert len(np.asarray(index.search(whole_numbers(1), 3)[1])[0]) == 3
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_an_id_that_a_search_returns_is_in_the_index(kind: Callable[[np.ndarray], Any]) -> None:
+    index = TurboQuantIndex(DIM, 4)
+    index.add(whole_numbers(3), ids=[7, 8, 2**62])
+    found = index.search(kind(whole_numbers(3)[:1]), 4)[1][0]
+    assert [id in index for id in found] == [True, True, True, False]
+    assert [id in index for id in kind(np.arange(6, 9))] == [False, True, True]
+    assert not any(kind(np.asarray(wrong)) in index for wrong in (7.0, True, [7]))
 
 
 @pytest.mark.parametrize("count", [0, 5])
