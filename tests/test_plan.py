@@ -104,7 +104,9 @@ def test_bad_bands_are_named(pair):
         BitPlan.from_pairs([(4, 4), pair])
 
 
-@pytest.mark.parametrize("pairs", [[(8, 2.5)], [("8", 2)], [(8,)], [(8, 2, 1)], [(8, None)], [(4, 4), (8.0, 2)]])
+@pytest.mark.parametrize(
+    "pairs", [[(8, 2.5)], [("8", 2)], [(8,)], [(8, 2, 1)], [(8, None)], [(4, 4), (8.0, 2)], [8, 2]]
+)
 def test_pairs_of_something_else_are_refused(pairs):
     """A width of 2.5 is not taken for 2."""
     with pytest.raises(InvalidInputError, match="needs pairs of integers"):

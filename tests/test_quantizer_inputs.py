@@ -1,5 +1,7 @@
 """What a quantizer is given: batches, norms, zero and no rows, layouts, and what it refuses."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +177,25 @@ def test_codes_of_another_quantizer_are_refused(rng, other, says):
         quantizer.inner_product(np.ones(16), codes)
     with pytest.raises(InvalidInputError, match="codes must be what encode returns, got ndarray"):
         quantizer.decode(np.ones((3, 8)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"packed": torch.zeros((3, 8), dtype=torch.int64)}, r"got \(3, 8\) of torch.int64 and \(3,\)"),
+        ({"packed": np.zeros((3, 8), np.uint8)}, r"got \(3, 8\) of uint8 and \(3,\)"),
+        ({"packed": torch.zeros(8, dtype=torch.uint8)}, r"got \(8,\) of torch.uint8 and \(3,\)"),
+        ({"scales": torch.ones(2)}, r"got \(3, 8\) of torch.uint8 and \(2,\)"),
+        ({"scales": torch.ones(3, 1)}, r"got \(3, 8\) of torch.uint8 and \(3, 1\)"),
+    ],
+)
+def test_codes_that_no_quantizer_made_are_refused(rng, change, says):
+    quantizer = TurboQuantizer(16)
+    codes = dataclasses.replace(quantizer.encode(vectors(rng, 3, 16)), **change)
+    with pytest.raises(InvalidInputError, match=says):
+        quantizer.decode(codes)
+    with pytest.raises(InvalidInputError, match=says):
+        quantizer.inner_product(np.ones(16), codes)
 
 
 @pytest.mark.parametrize(

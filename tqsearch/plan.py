@@ -72,7 +72,7 @@ class BitPlan:
         Raises:
             InvalidInputError: no pairs of integers, none at all, or a size or a width that is out of range.
         """
-        pairs = list(pairs)
+        pairs = [tuple(pair) if isinstance(pair, Iterable) else (pair,) for pair in pairs]
         if not all(len(pair) == 2 and all(isinstance(part, int | np.integer) for part in pair) for pair in pairs):
             raise InvalidInputError(f"a plan needs pairs of integers, (size, width), got {pairs}")
         return cls(tuple(Band(int(size), int(width)) for size, width in pairs))

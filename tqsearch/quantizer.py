@@ -67,10 +67,9 @@ class TurboQuantizer:
     """TurboQuant: a random rotation, then optimal scalar levels for each coordinate (arXiv 2504.19874).
 
     Form "mse" (algorithm 1) keeps `bits` a coordinate and one scale s = |x|^2 / <x, x_hat> a vector, with which
-    s <q, x_hat> estimates <q, x> without bias (the correction of RaBitQ and EDEN). Form "prod" (algorithm 2) keeps bits
-    - 1 a coordinate, the signs of a random projection of the residual (QJL) and the residual's norm. It is here because
-    the paper
-    has it: at equal bits its inner products are noisier at every width above 1.
+    s <q, x_hat> estimates <q, x> without bias (the correction of RaBitQ and EDEN). Form "prod" (algorithm 2) keeps
+    bits - 1 a coordinate, the signs of a random projection of the residual (QJL) and the residual's norm. It is here
+    because the paper has it: at equal bits its inner products are noisier at every width above 1.
 
     The levels are the Lloyd-Max levels of the exact law of a coordinate in dimension `dim`. With codec "trellis" a
     coordinate chooses among several times as many, by a code that runs along the row (`trellis`): a quarter to two
@@ -353,6 +352,12 @@ class TurboQuantizer:
     def _check(self, codes: Codes) -> None:
         if not isinstance(codes, Codes):
             raise InvalidInputError(f"codes must be what encode returns, got {type(codes).__name__}")
+        packed, scales = codes.packed, codes.scales
+        if packed.ndim != 2 or packed.dtype != torch.uint8 or scales.shape != packed.shape[:1]:
+            raise InvalidInputError(
+                "codes must have packed (n, row bytes) of torch.uint8 and scales (n,), got "
+                f"{tuple(packed.shape)} of {packed.dtype} and {tuple(scales.shape)}"
+            )
         wanted, found = (self.row_bytes, self.qjl is not None), (codes.packed.shape[1], codes.signs is not None)
         if found != wanted:
             said = [f"{size} bytes a row {'and' if signs else 'without'} signs" for size, signs in (wanted, found)]
