@@ -1,14 +1,17 @@
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 typer_testing = pytest.importorskip("typer.testing")
 
 from tqsearch import TurboQuantIndex, __version__, cli, demo  # noqa: E402
 from tqsearch.datasets import Dataset  # noqa: E402
+from tqsearch.errors import TQSearchError  # noqa: E402
 
 DIM = 16
 
@@ -58,6 +61,19 @@ def test_demo_goes_on_without_faiss_and_matplotlib(tmp_path: Path, monkeypatch: 
     assert "FAISS is not installed" in output
     assert output.count("pip install 'tqsearch[bench]'") == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_demo_of_too_few_vectors_for_product_quantization(
+    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    few = dataclasses.replace(small, train=small.train[:255])
+    monkeypatch.setattr("tqsearch.datasets.load_dataset", lambda _: few)
+    status, output = run("demo", "--out", str(tmp_path))
+    assert status == 0
+    assert "needs as many vectors: it is left out" in output
+    assert "FAISS PQ10x8" not in output
+    assert (tmp_path / "small-recall.png").exists()
 
 
 @pytest.mark.usefixtures("small")
@@ -145,6 +161,14 @@ def test_kv_diagnose_says_what_is_wrong(tmp_path: Path, arguments: list[str], sa
     *_, last = output.splitlines()
     assert last.startswith("tqsearch: ")
     assert says in last
+
+
+@pytest.mark.parametrize("device", ["gpu", f"cuda:{torch.cuda.device_count()}"])
+def test_kv_diagnose_needs_a_device_that_is_there(tmp_path: Path, device: str) -> None:
+    """It is said before the model is loaded: here there is none."""
+    pytest.importorskip("transformers")
+    with pytest.raises(TQSearchError, match="device must be"):
+        run("kv-diagnose", str(tmp_path / "none"), "--device", device)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])

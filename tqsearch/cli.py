@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 REPOSITORY_BENCHMARK = "python -m benchmarks search --dataset NAME_OR_PATH"
 WIDTHS = (1.0, 2.0, 4.0)
 DEMO_QUERIES = 500
+FEWEST_TOKENS = 16  # that `kvcache.diagnose` takes
 
 app = typer.Typer(
     help="Vector search on TurboQuant codes.",
@@ -65,6 +66,8 @@ def demo(
         rows.insert(0, parts.turboquant_row(index, bits, data, truth, seconds))
     if importlib.util.find_spec("faiss") is None:
         typer.echo("\nFAISS is not installed; to compare with it: pip install 'tqsearch[bench]'")
+    elif len(data.train) < parts.PQ_CENTROIDS:
+        typer.echo(f"\nFAISS PQ learns {parts.PQ_CENTROIDS} centroids and needs as many vectors: it is left out")
     else:
         sample = min(parts.PQ_ROWS, len(data.train))
         typer.echo(f"\nTraining FAISS PQ (on {sample:,} rows, {parts.PQ_ITERATIONS} iterations, to save time) ...")
@@ -117,7 +120,7 @@ def info(
 def kv_diagnose(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a model of the hub.")],
     text: Annotated[Path | None, typer.Option("--text", help="What to read; a page of prose if none.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=16, help="How many tokens to read at most.")] = 2048,
+    tokens: Annotated[int, typer.Option("--tokens", min=FEWEST_TOKENS, help="How many tokens to read at most.")] = 2048,
     noise: Annotated[float, typer.Option("--noise", help="0.1 is next to lossless, 0.35 small.")] = 0.2,
     codec: Annotated[str, typer.Option("--codec", help="scalar, or trellis.")] = "scalar",
     device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "cpu",
@@ -131,6 +134,7 @@ def kv_diagnose(
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from tqsearch.arrays import as_device
     from tqsearch.codec import CODECS
     from tqsearch.kvcache import diagnosis_view, sample_text
     from tqsearch.kvcache.diagnose import diagnose
@@ -138,6 +142,7 @@ def kv_diagnose(
 
     if codec not in CODECS:
         sys.exit(f"tqsearch: codec must be one of {', '.join(CODECS)}, got {codec}")
+    place = as_device(device)
     try:
         page = sample_text.TEXT if text is None else text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -148,8 +153,10 @@ def kv_diagnose(
     except (OSError, ValueError) as error:  # transformers raises either for what is no model
         sys.exit(f"tqsearch: {model} must be a model's folder or a model of the hub ({str(error).splitlines()[0]})")
     ids = tokenizer(page, return_tensors="pt", verbose=False)["input_ids"][:, :tokens]
-    diagnosis = diagnose(network.to(device).eval(), ids.to(device))
-    name = Path(model).name
+    if ids.shape[1] < FEWEST_TOKENS:
+        sys.exit(f"tqsearch: the text must have at least {FEWEST_TOKENS} tokens, got {ids.shape[1]}")
+    diagnosis = diagnose(network.to(place).eval(), ids.to(place))
+    name = Path(model).resolve().name
     advice = recommend(diagnosis, noise, codec)  # type: ignore[arg-type]  # checked there
     typer.echo(diagnosis_view.text(name, diagnosis, advice))
     figure(out / f"{name}-kv.png", lambda path: diagnosis_view.draw(name, diagnosis, path))

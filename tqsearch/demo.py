@@ -25,6 +25,7 @@ K = 10
 BATCHES = (1, 32, 1000)
 ADD_ROWS = 10_000
 PQ_ROWS = 10_000
+PQ_CENTROIDS = 256  # of a byte: FAISS trains on no fewer rows
 PQ_ITERATIONS = 8
 SECONDS_PER_BATCH = 1.0
 BLOCK = 250

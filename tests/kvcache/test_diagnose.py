@@ -263,3 +263,9 @@ def test_command(tmp_path: Path) -> None:
     # 3 layers, 2 heads, keys and values of 32 dimensions: 2 bits and a float16 scale, of float32.
     assert "takes 120 bytes of 1,536: 0.078" in result.output
     assert (tmp_path / "tiny-llama-kv.png").read_bytes().startswith(b"\x89PNG")
+
+    short = tmp_path / "short.txt"
+    short.write_text("the and of " * 5)
+    result = typer_testing.CliRunner().invoke(cli.app, ["kv-diagnose", str(folder), "--text", str(short)])
+    assert result.exit_code == 1
+    assert "tqsearch: the text must have at least 16 tokens, got 15" in result.output
