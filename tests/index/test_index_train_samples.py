@@ -49,6 +49,20 @@ def test_small_samples_do_not_hurt(n: int, power: float) -> None:
     assert found[0] > found[1] - 2 * 0.5 / np.sqrt(200)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_queries_that_say_nothing(metric: Any) -> None:
+    """Zeros, by which axes cannot be judged, and for l2 queries at the centre, whose moments are all zero."""
+    data = rows(1000, 1)
+    index, without = TurboQuantIndex(DIM, 2, metric), TurboQuantIndex(DIM, 2, metric)
+    without.train(data)
+    index.train(data, queries=np.tile(without.centre, (50, 1)) if metric == "l2" else np.zeros((50, DIM)))
+    for each in (index, without):
+        each.add(data)
+    assert index.learnt == ("axes" if metric == "l2" else "centre")
+    assert metric != "l2" or index.plan == without.plan
+    assert recall(index, data, data[:100]) > 0.5
+
+
 def test_one_dimension() -> None:
     data = np.random.default_rng(0).standard_normal((500, 1)).astype(np.float32) + 3
     for metric in ("ip", "l2"):

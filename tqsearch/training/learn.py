@@ -102,8 +102,10 @@ def learn(
         moments = variances if moved else variances + offset.square()
         if queries is not None:
             given = _second_moments((queries - centre) if moved else queries, axes)
-            known = len(queries) / (len(queries) + PRIOR_QUERIES)
-            moments = known * given + (1 - known) * moments * (given.mean() / moments.mean())
+            length = given.mean() / moments.mean()
+            if length > 0:  # else they are all zero, and say nothing
+                known = len(queries) / (len(queries) + PRIOR_QUERIES)
+                moments = known * given + (1 - known) * moments * length
         weights = variances * moments**power * moments.mean() ** (1 - power)
         order = torch.argsort(weights, descending=True, stable=True)
         basis, error = _allotted(weights[order], axes[order], variances[order], budget(keeps), codec)
