@@ -9,7 +9,6 @@ alone, of 4-bit keys, stand beside `torch.matmul` of float32 keys. A third resul
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.environment import environment
-from benchmarks.kernels import RESULTS, copy_rate, milliseconds
+from benchmarks.kernels import copy_rate, milliseconds
+from benchmarks.result_file import KERNEL_RESULTS, write
 from tqsearch import TurboQuantizer, kernels
 from tqsearch.kernels import Compressed, Context, Dense
 
@@ -172,13 +172,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks attention", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small shape, in a file of its own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, default=KERNEL_RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks attention needs a CUDA GPU, and torch sees none")
         return 1
     torch.manual_seed(options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
     copy = copy_rate()
     torch.cuda.empty_cache()
     shapes = QUICK_SHAPES if options.quick else SHAPES
@@ -192,8 +191,7 @@ def main(arguments: list[str]) -> int:
         rows = [row for batch, tokens in measured for row in measure(batch, tokens)]
         about = {"environment": environment(options.seed), "copy, TB/s": round(copy, 2)}
         result = {**about, "columns": list(columns), "rows": rows}
-        path = options.out / f"{name}{'-quick' if options.quick else ''}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.out / f"{name}{'-quick' if options.quick else ''}.json", result)
         for row in rows:
             print("  ".join(f"{cell!s:>8}" for cell in row))
     print(f"copy {copy:.2f} TB/s")

@@ -22,7 +22,6 @@ more than 1 % above D.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -33,10 +32,10 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.environment import environment
+from benchmarks.result_file import RESULTS, write
 from tqsearch import TurboQuantizer, kernels
 from tqsearch.codebook import lloyd_max
 
-RESULT = Path(__file__).resolve().parent / "results" / "distortion.json"
 BITS = (1, 2, 3, 4, 5)
 SAMPLES = {128: (32, 1280), 256: (24, 768), 1536: (10, 320)}  # dim: seeds, vectors a seed
 TOLERANCE = 0.01
@@ -178,7 +177,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks distortion", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the vectors; rotations use it and the following ones")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
-    parser.add_argument("--output", type=Path, default=RESULT, help="where the JSON goes")
+    parser.add_argument("--output", type=Path, default=RESULTS / "distortion.json", help="where the JSON goes")
     parser.add_argument("--quick", action="store_true", help="d = 128 only, with fewer seeds")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)
@@ -201,8 +200,7 @@ def main(argv: list[str]) -> int:
         "columns": COLUMNS,
         "rows": rows,
     }
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(chosen.output, result)
     print(f"{time.perf_counter() - started:.0f} s; each interval holds with probability {1 - miss:.7f}")
     print("\n".join(broken) if broken else "no MSE misses the exact law's by more than 1 %, all intervals hold zero")
     return 1 if broken else 0

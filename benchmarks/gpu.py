@@ -5,7 +5,6 @@ FAISS PQ at the same bytes beside it, on the CPU and threads of `python -m bench
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.kernels import RESULTS
 from benchmarks.metrics import recalls
+from benchmarks.result_file import KERNEL_RESULTS, write
 from tqsearch import TurboQuantIndex
 from tqsearch.datasets import Dataset, load_dataset
 from tqsearch.demo import unit_rows
@@ -75,7 +74,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--dataset", default="synthetic-embeddings", help="a name of tqsearch.datasets, or a file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, default=KERNEL_RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks gpu needs a CUDA GPU, and torch sees none")
@@ -88,8 +87,7 @@ def main(arguments: list[str]) -> int:
         "columns": list(COLUMNS),
         "rows": rows_of(data, options.seed),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"gpu-{data.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(options.out / f"gpu-{data.name}.json", result)
     for row in result["rows"]:
         print("  ".join(f"{cell!s:>8}" for cell in row))
     return 0

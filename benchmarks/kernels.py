@@ -9,7 +9,6 @@ limits are measured in the same run: a large device-to-device copy, bytes read a
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.search import RESULTS as ALL_RESULTS
+from benchmarks.result_file import KERNEL_RESULTS, write
 from tqsearch import TurboQuantIndex, TurboQuantizer, kernels
 from tqsearch.rotation import Hadamard
-
-RESULTS = ALL_RESULTS / "kernels"
 
 K = 10
 BATCHES = (1, 16, 64, 256, 1024)
@@ -240,7 +237,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small shape, in a file of its own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, default=KERNEL_RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks kernels needs a CUDA GPU, and torch sees none")
@@ -248,7 +245,6 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(options.seed)
     limits = copy_rate(), int8_rate()
     torch.cuda.empty_cache()
-    options.out.mkdir(parents=True, exist_ok=True)
     encoded = {
         "environment": environment(options.seed),
         "copy, TB/s": round(limits[0], 2),
@@ -256,7 +252,7 @@ def main(arguments: list[str]) -> int:
         "rows": encode_rows(limits[0], ENCODE_SHAPES[:1] if options.quick else ENCODE_SHAPES),
     }
     name = "kernels-encode" + ("-quick" if options.quick else "")
-    (options.out / f"{name}.json").write_text(json.dumps(encoded, indent=1) + "\n")
+    write(options.out / f"{name}.json", encoded)
     for name, shapes in (QUICK_SHAPES if options.quick else RESULT_SHAPES).items():
         result: dict[str, Any] = {
             "environment": environment(options.seed),
@@ -269,7 +265,7 @@ def main(arguments: list[str]) -> int:
         for count, dim, widths, share in tqdm(shapes, desc=name, unit="shape"):
             result["rows"] += rows_of(count, dim, widths, share, limits)
             # What is measured is kept, if the next shape does not fit.
-            (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            write(options.out / f"{name}.json", result)
         for row in result["rows"]:
             print("  ".join(f"{cell!s:>10}" for cell in row))
     print(f"copy {limits[0]:.2f} TB/s, _int_mm {limits[1]:.0f} TOP/s")

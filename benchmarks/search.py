@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from benchmarks.contestants import FAMILIES, Problem, plan
 from benchmarks.environment import REPOSITORY, environment
 from benchmarks.metrics import recalls
+from benchmarks.result_file import RESULTS, replace
 from benchmarks.tables import OURS
 from benchmarks.threads import usable_cores
 from tqsearch.datasets import Dataset, load_dataset
 from tqsearch.demo import first_queries, unit_rows
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DEPTH = 100
 SEED = 0
 
@@ -88,14 +88,11 @@ def run_one(job: dict[str, Any], folder: Path, name: str, limit: int) -> dict[st
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write beside and rename, so that an interruption leaves a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    """Write a result, each run on a line of its own: lists of times are long."""
     rest = {name: value for name, value in result.items() if name != "runs"}
     head = json.dumps(rest | {"runs": []}, indent=1)
-    runs = ",\n".join("  " + json.dumps(run) for run in result["runs"])  # a line each: lists of times are long
-    temporary.write_text(head.removesuffix("[]\n}") + f"[\n{runs}\n ]\n}}\n")
-    temporary.replace(path)
+    runs = ",\n".join("  " + json.dumps(run) for run in result["runs"])
+    replace(path, head.removesuffix("[]\n}") + f"[\n{runs}\n ]\n}}\n")
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ With `--dataset` the recall of trained indexes: queries and levels rounded to in
 """
 
 import argparse
-import json
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -25,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.kernels import RESULTS, milliseconds, replayed
+from benchmarks.kernels import milliseconds, replayed
 from benchmarks.metrics import recalls
+from benchmarks.result_file import KERNEL_RESULTS, write
 from benchmarks.threads import usable_cores
 from tqsearch import TurboQuantIndex, kernels
 from tqsearch.blocks import encode_blocks
@@ -206,17 +206,16 @@ def recall(data: Dataset) -> list[list[Any]]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__)
     parser.add_argument("--dataset", help="a name of tqsearch.datasets, or a file: its recall, and no speed")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, default=KERNEL_RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks training needs a CUDA GPU, and torch sees none")
         return 1
-    options.out.mkdir(parents=True, exist_ok=True)
 
     def keep(rows: list[list[Any]]) -> None:
         print(*rows[-1], flush=True)
         result = {"environment": environment(0), "columns": columns, "rows": rows}
-        (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        write(options.out / f"{name}.json", result)
 
     name, columns = "training", list(COLUMNS)
     if options.dataset:

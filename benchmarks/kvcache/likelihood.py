@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HELD = 4 << 30  # bytes of the dense reference that are kept
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -83,14 +85,34 @@ def agreement(model: Any, tokens: Tensor, reference: Tensor, cache: Any, chunk: 
     return Agreement(**{name: torch.cat(parts, dim=1).cpu() for name, parts in found.items()})
 
 
-def compare(
-    model: Any, tokens: Tensor, makers: dict[str, Callable[[], Any]], chunk: int, batch: int
-) -> dict[str, Agreement]:
-    """`agreement` of several caches, sharing the dense reference of each group of `batch` documents."""
-    parts: dict[str, list[Agreement]] = {name: [] for name in makers}
-    for first in range(0, len(tokens), batch):
-        group = tokens[first : first + batch]
-        reference = dense_reference(model, group, chunk)
-        for name, make in makers.items():
-            parts[name].append(agreement(model, group, reference, make(), chunk))
-    return {name: Agreement.joined(pieces) for name, pieces in parts.items()}
+class Reference:
+    """The dense cache's log-probabilities of documents, a group at a time.
+
+    Groups are kept for the next cache up to `HELD` bytes; those beyond, of many documents or a large vocabulary, are
+    computed again.
+
+    Args:
+        model: whose they are.
+        tokens: (documents, length) int64, on the model's device.
+        chunk: tokens fed at a time.
+        batch: documents of a group.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor, chunk: int, batch: int) -> None:
+        self.model, self.chunk, self._groups = model, chunk, torch.split(tokens, batch)
+        self._kept: dict[int, Tensor] = {}
+
+    def groups(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each group's tokens with its log-probabilities, (documents, length, vocabulary) float32."""
+        for number, tokens in enumerate(self._groups):
+            dense = self._kept.get(number)
+            if dense is None:
+                dense = dense_reference(self.model, tokens, self.chunk)
+                if sum(part.nbytes for part in self._kept.values()) + dense.nbytes <= HELD:
+                    self._kept[number] = dense
+            yield tokens, dense
+
+    def agreement(self, make: Callable[[], Any]) -> Agreement:
+        """`agreement` of a cache, of which `make` makes an empty one for each group, over all documents."""
+        parts = [agreement(self.model, tokens, dense, make(), self.chunk) for tokens, dense in self.groups()]
+        return Agreement.joined(parts)

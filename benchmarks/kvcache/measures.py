@@ -46,12 +46,11 @@ class Scene:
 
 
 def quality(group: Group, keep: Keep, scene: Scene) -> None:
-    """Perplexity, KL and top-1 agreement; the dense reference is computed once for all caches."""
-    makers = {one.name: made.make for one, made in group}
+    """Perplexity, KL and top-1 agreement."""
     started = time.perf_counter()
-    found = likelihood.compare(scene.model, scene.rows, makers, scene.options.chunk, scene.options.batch)
-    for one, _ in group:
-        keep(one, "quality", summary.summarize(found[one.name], scene.names, MEASURED_FROM))
+    dense = likelihood.Reference(scene.model, scene.rows, scene.options.chunk, scene.options.batch)
+    for one, made in group:
+        keep(one, "quality", summary.summarize(dense.agreement(made.make), scene.names, MEASURED_FROM))
     print(f"quality of {len(group)} configurations: {time.perf_counter() - started:.0f} s", flush=True)
 
 

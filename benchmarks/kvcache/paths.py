@@ -20,7 +20,7 @@ import torch
 from benchmarks.environment import environment
 from benchmarks.kvcache import documents, language_model, likelihood, needle
 from benchmarks.kvcache.measures import MEASURED_FROM, NEEDLE_DEPTHS
-from benchmarks.search import RESULTS
+from benchmarks.result_file import KERNEL_RESULTS, write
 from tqsearch.kvcache import TurboQuantCache
 
 COLUMNS = (
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
     model, tokenizer = language_model.load(options.model, options.device, getattr(torch, options.dtype))
     described = language_model.described(options.model, model)
     texts = documents.tokenized(tokenizer, options.text or documents.default_texts())
-    output = options.output or RESULTS / "kernels" / f"paths-{described['name']}.json"
+    output = options.output or KERNEL_RESULTS / f"paths-{described['name']}.json"
     result: dict[str, Any] = {
         "benchmark": "paths",
         "environment": {**environment(options.seed), "transformers": importlib.metadata.version("transformers")},
@@ -117,6 +117,5 @@ def main(arguments: list[str]) -> int:
         row = row_of(model, tokenizer, texts, bits, options)
         result["rows"] = [one for one in result["rows"] if one[:2] != row[:2]] + [row]
         print(*row, sep="\t", flush=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        write(output, result)
     return 0

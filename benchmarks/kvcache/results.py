@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kvcache.configurations import NOTES
+from benchmarks.result_file import write
 
 
 def empty(model: dict[str, Any]) -> dict[str, Any]:
@@ -58,5 +59,4 @@ def save(result: dict[str, Any], path: Path, order: list[str]) -> None:
     """Write a result, runs in the order of the catalogue and others after them."""
     places = {name: place for place, name in enumerate(order)}
     result["runs"].sort(key=lambda run: places.get(run["name"], len(places)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write(path, result)

@@ -22,8 +22,8 @@ from benchmarks.environment import environment
 from benchmarks.kvcache import build, configurations, documents, language_model, paths, results, whole_model
 from benchmarks.kvcache.configurations import PARTS, Configuration
 from benchmarks.kvcache.measures import MEASURES, Scene, headline
+from benchmarks.result_file import RESULTS
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 TRAINING_DOCUMENTS = 8
 
 
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
 def measure(
     wanted: list[Configuration], variant: str, parts: list[str], options: argparse.Namespace, order: list[str]
 ) -> None:
-    """Measure configurations of one variant of the model, saving after each part."""
+    """Measure configurations of one variant of the model, saving after each part of each."""
     model, tokenizer = language_model.load(options.model, options.device, torch.float32, variant)
     described = language_model.described(options.model, model)
     output = options.output or RESULTS / f"kvcache-{described['name']}.json"

@@ -1,3 +1,4 @@
+import argparse
 import json
 import math
 import warnings
@@ -24,6 +25,7 @@ from benchmarks.kvcache import (  # noqa: E402
     figures,
     greedy,
     likelihood,
+    measures,
     merge,
     needle,
     results,
@@ -43,9 +45,12 @@ class Scripted:
 
     def __init__(self, tables: dict[str, torch.Tensor]) -> None:
         self.tables, self.config, self.place = tables, LlamaConfig(num_hidden_layers=1), 0
+        self.calls: list[str] = []
 
     def __call__(self, piece: torch.Tensor, past_key_values: Any, use_cache: bool) -> Any:
-        table = self.tables[past_key_values if isinstance(past_key_values, str) else "dense"]
+        name = past_key_values if isinstance(past_key_values, str) else "dense"
+        self.calls.append(name)
+        table = self.tables[name]
         start = self.place
         self.place = (start + piece.shape[1]) % table.shape[1]
         return type("Output", (), {"logits": table[: len(piece), start : start + piece.shape[1]]})
@@ -69,7 +74,7 @@ def test_agreement_against_scipy() -> None:
     dense, ours = (torch.randn(2, 10, 7, generator=generator) * 2 for _ in range(2))
     read = torch.randint(0, 7, (2, 10), generator=generator)
     model = Scripted({"dense": dense, "ours": ours})
-    found = likelihood.compare(model, read, {"ours": lambda: "ours"}, 4, 2)["ours"]
+    found = likelihood.Reference(model, read, 4, 2).agreement(lambda: "ours")
     p, q = (np.exp(part.double().numpy()) for part in (dense, ours))
     p, q = (part / part.sum(axis=2, keepdims=True) for part in (p, q))
     for document in range(2):
@@ -81,6 +86,38 @@ def test_agreement_against_scipy() -> None:
             assert float(found.dense_nll[here]) == pytest.approx(-math.log(p[here][following]), rel=1e-4, abs=1e-6)
             assert bool(found.top1[here]) == (p[here].argmax() == q[here].argmax())
     assert found.kl.shape == (2, 9)
+
+
+def test_the_dense_reference_is_kept_as_far_as_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    table, read = torch.randn(1, 10, 7, generator=generator), torch.randint(0, 7, (3, 10), generator=generator)
+    group = 10 * 7 * 4  # bytes of a group of one document
+    for held, dense_calls in ((3 * group, 3), (2 * group + 1, 4), (0, 6)):
+        monkeypatch.setattr(likelihood, "HELD", held)
+        model = Scripted({"dense": table, "ours": table.flip(2)})
+        reference = likelihood.Reference(model, read, 10, 1)
+        first, second = (reference.agreement(lambda: "ours") for _ in range(2))
+        assert model.calls.count("ours") == 6
+        assert model.calls.count("dense") == dense_calls
+        assert torch.equal(first.kl, second.kl)
+        assert first.kl.shape == (3, 9)
+
+
+def test_what_is_measured_is_kept_when_the_next_fails() -> None:
+    table = torch.randn(1, measures.MEASURED_FROM + 8, 7, generator=torch.Generator().manual_seed(1))
+    model, read = Scripted({"dense": table, "ours": table}), torch.zeros(table.shape[:2], dtype=torch.int64)
+    options = argparse.Namespace(chunk=64, batch=1)
+    scene = measures.Scene(model, None, {}, read, ["prose"], options)
+
+    def fails() -> Any:
+        raise MemoryError
+
+    caches = [configurations.Configuration(configurations.OURS, bits, bits) for bits in (4, 2)]
+    group = list(zip(caches, (build.Built(lambda: "ours"), build.Built(fails)), strict=True))
+    kept: dict[str, Any] = {}
+    with pytest.raises(MemoryError):
+        measures.quality(group, lambda one, part, found: kept.update({one.name: found}), scene)
+    assert {name: found["top1_percent"]["mean"] for name, found in kept.items()} == {"TurboQuant K4V4": 100.0}
 
 
 def test_bytes_are_those_of_the_storages() -> None:

@@ -37,7 +37,7 @@ class AddOne(Keep):
 def test_a_lossless_cache_agrees_and_has_the_models_likelihood() -> None:
     model, read = llama(), tokens(3, 100)
     make = lambda: simulated.simulated_cache(model.config, [(Keep(), Keep())] * 2, residual=8, sinks=2, block=4)  # noqa: E731
-    found = likelihood.compare(model, read, {"kept": make}, 16, 2)["kept"]
+    found = likelihood.Reference(model, read, 16, 2).agreement(make)
     with torch.no_grad():
         whole = torch.nn.functional.cross_entropy(
             model(read).logits[:, :-1].flatten(0, 1), read[:, 1:].flatten(), reduction="none"
