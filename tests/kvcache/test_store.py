@@ -171,6 +171,31 @@ def test_scales_that_float16_cannot_hold_are_float32(size):
         assert ((decoded - wanted).norm(dim=3) < 0.02 * wanted.norm(dim=3)).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_scales_past_a_chosen_float16_keep_the_direction(backend):
+    """Once a layer on a GPU has chosen float16, later blocks are not looked at: what is too long is shortened."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    states = states_of(3, 1, 2, 32, 64).to(device)
+    lengths = torch.ones((32, 1), device=device)
+    lengths[5:9] = 1e6
+    if backend == "reference":  # the kernel's states are finite
+        states[0, 1, 20, 3] = torch.inf
+    for codec in (key_codec, value_codec):
+        coder = codec(64, 4, 32, 0, backend)
+        compressed = coder.encode(states * lengths, torch.float16)
+        assert compressed.scales.dtype == torch.float16
+        decoded = torch.empty_like(states)
+        coder.decode(compressed, decoded)
+        finite = decoded.isfinite().all(dim=3)
+        assert torch.equal(finite, states.isfinite().all(dim=3))
+        cosine = torch.cosine_similarity(decoded, states, dim=3)[finite]
+        assert (cosine > 0.98).all()
+        assert (compressed.scales[:, :, 5:9] == 65504).all()
+        assert (compressed.scales[:, :, :5] < 100).all()
+
+
 def test_work_in_pieces_equals_work_at_once(monkeypatch):
     states = states_of(4, 2, 2, 64, 64)
     states[:, :, 40:] *= 1e7  # the last pieces' scales are float32

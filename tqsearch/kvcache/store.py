@@ -175,7 +175,8 @@ class StateCodec:
 
         Args:
             states: (B, H, C, D), any floating dtype, C a multiple of `block_length`.
-            scale_dtype: of the scales; None for what holds them, which a GPU has to be waited for to know.
+            scale_dtype: of the scales; None for what holds them, which a GPU has to be waited for to know. Scales
+                that are larger than it holds become the largest: such vectors keep their direction.
             **constants: as `estimate` gives them.
         """
         if self._in_one_launch(states):
@@ -187,7 +188,7 @@ class StateCodec:
                 packed, scales = encode_blocks(
                     states, tables, rotation, constants.get("offset"), self.block_length, along_tokens
                 )
-            return CompressedStates(packed, scales.to(scale_dtype or _scale_dtype(scales)), **constants)
+            return CompressedStates(packed, _stored(scales, scale_dtype), **constants)
         pieces = [self._encode(states[:, :, start:stop], scale_dtype, constants) for start, stop in self.pieces(states)]
         return pieces[0].cat(*pieces[1:]) if len(pieces) > 1 else pieces[0]
 
@@ -199,7 +200,7 @@ class StateCodec:
         encoded = self.quantizer.encode_levels(coded.reshape(-1, self.dim))
         scales = self.scales(encoded).view(batch, heads, length)
         packed = self.pack(encoded.packed, (batch, heads, length // self.block_length))
-        return CompressedStates(packed, scales.to(scale_dtype or _scale_dtype(scales)), **constants)
+        return CompressedStates(packed, _stored(scales, scale_dtype), **constants)
 
     def _in_one_launch(self, states: Tensor) -> bool:
         """Whether there is a kernel that goes from states to packed codes."""
@@ -312,6 +313,14 @@ def _ones(rows: Tensor) -> Tensor:
 
 def _own(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _stored(scales: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Scales in a dtype, or in what holds them; what is not finite stays so."""
+    dtype = dtype or _scale_dtype(scales)
+    if dtype == torch.float16:
+        scales = torch.where(scales.isfinite(), scales.clamp(max=torch.finfo(dtype).max), scales)
+    return scales.to(dtype)
 
 
 def _scale_dtype(scales: Tensor) -> torch.dtype:
