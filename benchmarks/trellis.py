@@ -12,9 +12,11 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tqsearch import trellis
@@ -52,13 +54,13 @@ def compare(data: Dataset, rows: int, queries: int, centred: bool) -> None:
     unit = (rotation.apply(base - centre) * (math.sqrt(dim) / norms.clamp(min=1e-30))[:, None]).contiguous()
     rotated = rotation.apply(asked)
 
-    def found(levels: Tensor) -> np.ndarray:
+    def found(levels: Tensor) -> NDArray[Any]:
         scales = norms * math.sqrt(dim) / (unit * levels).sum(dim=1)
         scales = scales.half().float() if data.metric == "cosine" else scales
         scores = (rotated @ levels.t()) * scales
         if data.metric == "l2":
             scores = 2 * (scores + (asked @ centre)[:, None]) - base.square().sum(dim=1)
-        return scores.topk(10, dim=1).indices.numpy()
+        return np.asarray(scores.topk(10, dim=1).indices)
 
     for bits in range(trellis.MIN_BITS, trellis.MAX_BITS + 1):
         line = f"{data.name:<32}{'centred' if centred else 'plain':<9}{bits} bits"

@@ -61,7 +61,8 @@ class QuantoCodec:
         rows = states.reshape(-1, self.group).contiguous()
         scale, shift = self.optimizer(rows, self.qtype, 0, self.group)
         coded = quantize_weight(rows, self.qtype, 0, scale, shift, self.group)
-        return coded.dequantize().view_as(states)
+        decoded: Tensor = coded.dequantize()
+        return decoded.view_as(states)
 
     def bytes_per_vector(self) -> float:
         """Codes, and a scale and a shift of two bytes for each group."""

@@ -97,7 +97,7 @@ def catalogue() -> list[Configuration]:
     found += [Configuration(OURS, *pair, parts=every) for pair in ((4, 3), (4, 2), (3, 2))]
     measured = ("quality", "needle", "greedy", "bytes")
     widths = ((4, 4), (3.5, 3.5), (3, 3), (2.5, 2.5), (2, 2), (3, 2))
-    found += [Configuration(OURS, *pair, parts=measured, options=TRELLIS) for pair in widths]
+    found += [Configuration(OURS, keys, values, parts=measured, options=TRELLIS) for keys, values in widths]
     found += [Configuration(OURS, bits, bits, block=128, options=TRELLIS) for bits in (4, 3, 2)]
     found += [Configuration(OURS, bits, bits, residual=32, parts=("needle", "quality")) for bits in (4, 3.5, 3)]
     found += [Configuration(OURS, bits, bits, residual=0) for bits in (4, 3, 2)]

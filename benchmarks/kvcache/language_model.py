@@ -28,7 +28,8 @@ def load(name: str, device: str, dtype: torch.dtype, variant: str = PLAIN) -> tu
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model = model.to(device).eval()
     if variant == LARGE_KEY_BIAS:
         add_large_key_bias(model)
     return model, tokenizer

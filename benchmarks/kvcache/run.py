@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    for flag, other in (("--speed", whole_model), ("--paths", paths)):
+    others: dict[str, Callable[[list[str]], int]] = {"--speed": whole_model.main, "--paths": paths.main}
+    for flag, other in others.items():
         if flag in arguments:
-            return other.main([one for one in arguments if one != flag])
+            return other([one for one in arguments if one != flag])
     if arguments == ["--list"]:
         print("\n".join(one.name for one in configurations.catalogue()))
         return 0

@@ -48,6 +48,8 @@ class SimulatedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; return what attention reads now, then compress what has become old."""
         read = super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
         whole = (self.keys.shape[-2] - self.residual - self.done) // self.block * self.block
         if whole > 0:
             old = slice(self.done, self.done + whole)

@@ -50,7 +50,8 @@ def states(model: Any, tokens: Tensor, dtype: torch.dtype) -> list[tuple[Tensor,
 
     cache = DynamicCache(config=model.config)
     model(tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return [(layer.keys.to(dtype), layer.values.to(dtype)) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    return [(layer.keys.to(dtype), layer.values.to(dtype)) for layer in layers]
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> str | None:
 
 def usual(run: Run) -> bool:
     """Whether a run has the window and block that most have, on the plain model."""
-    return run["variant"] == PLAIN and run["residual"] == 128 and run["sinks"] == 4 and run["block"] == 16
+    return (run["variant"], run["residual"], run["sinks"], run["block"]) == (PLAIN, 128, 4, 16)
 
 
 def short(result: dict[str, Any]) -> str:
