@@ -16,17 +16,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tqsearch import kernels
 from tqsearch.errors import InvalidInputError
+from tqsearch.kernels.reference import unit_rows
 from tqsearch.quantizer import TurboQuantizer
+from tqsearch.rotation import Hadamard
 from tqsearch.segments import Columns
 
 
 class Scanned(NamedTuple):
-    """Queries as the scan takes them: a score is `unit` times what the scan finds, plus `constant`."""
+    """Queries as the scan takes them: a score is `unit` times what the scan finds, plus `constant`.
+
+    Attributes:
+        queries: (q, scanned dim) float32.
+        unit: the estimator's.
+        constant: (q, 1) float32; None for zero.
+        squares: (q,) float32, |z|^2 of what is rotated; not finite where a query is not, or where it overflows, so that
+            products would: infinities of both signs make NaN.
+    """
 
     queries: Tensor
     unit: float
-    constant: Tensor
+    constant: Tensor | None
+    squares: Tensor
 
 
 class Estimator:
@@ -41,6 +53,7 @@ class Estimator:
     def __init__(self, metric: str, quantizer: TurboQuantizer, *, keeps_product: bool) -> None:
         self.metric, self.quantizer, self.keeps_product = metric, quantizer, keeps_product and metric != "l2"
         self.unit = 1.0
+        self._centres: dict[torch.device, Tensor] = {}
         if quantizer.basis is not None:
             length = quantizer.basis.variance**0.5
             centre = 0.0 if quantizer.centre is None else float(quantizer.centre.double().norm())
@@ -82,39 +95,31 @@ class Estimator:
         return columns
 
     def scanned(self, queries: Tensor) -> Scanned:
-        """Queries, (q, dim) float32, as the scan takes them; for "cosine" they are divided by their norms first.
-
-        Raises:
-            InvalidInputError: a squared norm overflows float32.
-        """
-        if self.metric == "cosine":
-            queries = unit_rows(queries)
-        constant = torch.zeros(1, device=queries.device)
-        centre = self.quantizer.centre
-        if centre is not None:
-            centre = centre.to(queries.device)
-            constant = (queries @ centre)[:, None]
-            if self.metric == "l2" or self.keeps_product:
-                queries = queries - centre
-        squares = (queries * queries).sum(dim=1, keepdim=True)
-        if not torch.isfinite(squares).all():  # products would overflow, and infinities of both signs make NaN
-            row = int((~torch.isfinite(squares)).nonzero()[0, 0])
-            raise InvalidInputError(
-                f"queries must have squared norms that are finite in float32, got an overflow in row {row}"
-            )
+        """Queries, (q, dim) float32, as the scan takes them; for "cosine" they are divided by their norms first."""
+        quantizer, device, unit = self.quantizer, queries.device, self.metric == "cosine"
+        centre = self._centre_on(device)
+        taken_off = centre if self.metric == "l2" or self.keeps_product else None
+        turn: tuple[Tensor, Tensor | None] | None = None
+        if quantizer.basis is None and isinstance(quantizer.rotation, Hadamard):
+            turn = quantizer.rotation.tensors(device)
+        values, squares, products = kernels.rotate(
+            queries, *(turn or ()), centre=taken_off, unit=unit, backend=quantizer.backend
+        )
+        constant = None if products is None else products[:, None]
+        if centre is not None and taken_off is None:
+            constant = ((unit_rows(queries) if unit else queries) @ centre)[:, None]
         if self.metric == "l2":
-            queries, constant = 2.0 * queries, -squares
-        if self.unit != 1.0:
-            queries = queries.double() / self.unit
-        return Scanned(self.quantizer.scanned_queries(queries), self.unit, constant)
+            values, constant = 2.0 * values, -squares[:, None]
+        if turn is None:
+            values = quantizer.scanned_queries(values if self.unit == 1.0 else values.double() / self.unit)
+        return Scanned(values, self.unit, constant, squares)
 
-
-def unit_rows(vectors: Tensor) -> Tensor:
-    """Rows, (n, dim) float32, divided by their norms; zero rows stay zero."""
-    largest = vectors.abs().amax(dim=1, keepdim=True) if vectors.shape[0] else vectors[:, :1]
-    vectors = vectors / torch.where(largest > 0, largest, 1.0)  # so that squares neither overflow nor vanish
-    norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / torch.where(norms > 0, norms, 1.0)
+    def _centre_on(self, device: torch.device) -> Tensor | None:
+        if self.quantizer.centre is None:
+            return None
+        if device not in self._centres:
+            self._centres[device] = self.quantizer.centre.to(device)
+        return self._centres[device]
 
 
 def bias_dtype(metric: str, keeps_product: bool, *, learnt_axes: bool) -> torch.dtype | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tqsearch import index_file, kernels
-from tqsearch.arrays import ArrayLike, IdsLike, as_device, as_ids, as_matrix, as_rows, like
+from tqsearch.arrays import ArrayLike, IdsLike, as_device, as_ids, as_rows, like
 from tqsearch.blocks import encode_blocks
 from tqsearch.codec import Codec
 from tqsearch.contents import LARGEST_ID, Contents, check_distinct, new_ids
@@ -21,7 +23,7 @@ from tqsearch.locks import ReadWriteLock
 from tqsearch.plan import BitPlan
 from tqsearch.quantizer import Codes, TurboQuantizer
 from tqsearch.recipe import Metric, Recipe
-from tqsearch.scanning import top_k
+from tqsearch.scanning import Searcher
 from tqsearch.segments import Columns
 from tqsearch.splitmix import permutation
 
@@ -85,6 +87,7 @@ class TurboQuantIndex:
         self._contents = contents
         self._auto = auto
         self._lock = ReadWriteLock()
+        self._searcher: Searcher | None = None  # of the estimator and contents as they are
 
     def __repr__(self) -> str:
         codec = "" if self.codec == "scalar" else f"codec={self.codec!r}, "
@@ -173,6 +176,13 @@ class TurboQuantIndex:
 
     # Changes
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the lock alone. What searches have recorded of the rows as they were is given back."""
+        with self._lock.write():
+            self._searcher = None
+            yield
+
     def train(
         self, sample: ArrayLike, queries: ArrayLike | None = None, *, learn: Literal["axes", "centre"] = "axes"
     ) -> None:
@@ -200,7 +210,7 @@ class TurboQuantIndex:
         rows = self._recipe.sample(sample, "sample", self.device)
         asked = None if queries is None else self._recipe.sample(queries, "queries", self.device)
         taught = self._recipe.taught(rows, asked, axes=learn == "axes")
-        with self._lock.write():
+        with self._changing():
             if len(self._contents):
                 raise InvalidInputError(f"train must come before add, got an index of {len(self._contents)} vectors")
             self._estimator = taught
@@ -228,7 +238,7 @@ class TurboQuantIndex:
         before, device = self._estimator, self.device
         estimator = self._taught_by_first(rows) or before
         columns = self._encode(rows, estimator, device)
-        with self._lock.write():
+        with self._changing():
             # Another thread may have called `train` or `to` meanwhile, or `add`, which makes these rows not the first.
             late = estimator is not before and len(self._contents)
             if self._estimator is not before or self.device != device or late:
@@ -272,7 +282,7 @@ class TurboQuantIndex:
         """
         array = as_ids(ids, "ids")
         check_distinct(array)
-        with self._lock.write():
+        with self._changing():
             if len(array):
                 self._contents.remove(array)
 
@@ -332,11 +342,14 @@ class TurboQuantIndex:
             raise InvalidInputError(f"k must be at most {_MOST_RESULTS}, got {k}")
         if precision not in kernels.PRECISIONS:
             raise InvalidInputError(f"precision must be 'int8' or 'exact', got {precision!r}")
-        matrix = as_matrix(queries, self.dim, "queries", self.device, one=True)
+        rows = as_rows(queries, self.dim, "queries", one=True)
         with self._lock.read():
             mask = None if allow is None else self._contents.mask(allow)
-            matrix = matrix.to(self.device)  # another thread may have called `to`
-            scores, ids = top_k(self._estimator, self._contents, matrix, int(k), mask, precision)
+            matrix = rows.to(device=self.device, dtype=torch.float32)
+            searcher = self._searcher
+            if searcher is None:
+                searcher = self._searcher = Searcher(self._estimator, self._contents.rows)
+            scores, ids = searcher.top_k(matrix, int(k), mask, precision)
         if queries.ndim == 1:
             scores, ids = scores[0], ids[0]
         return like(scores, queries), like(ids, queries)
@@ -347,7 +360,7 @@ class TurboQuantIndex:
         """Moves the index to a device, in place, and returns it."""
         target = as_device(device)
         kernels.select(self._recipe.backend, target)
-        with self._lock.write():
+        with self._changing():
             self._contents = self._contents.to(target)
         return self
 

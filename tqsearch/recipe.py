@@ -11,7 +11,8 @@ from torch import Tensor
 from tqsearch.arrays import ArrayLike, as_matrix
 from tqsearch.codec import Codec
 from tqsearch.errors import InvalidInputError
-from tqsearch.estimator import Estimator, unit_rows
+from tqsearch.estimator import Estimator
+from tqsearch.kernels.reference import unit_rows
 from tqsearch.plan import BitPlan
 from tqsearch.quantizer import TurboQuantizer
 from tqsearch.training.basis import Basis

@@ -31,12 +31,14 @@ __all__ = [
     "Context",
     "Dense",
     "Encoded",
+    "Rotated",
     "attention",
     "attention_backend",
     "encode",
     "inner_products",
     "launching_on",
     "reconstruct",
+    "rotate",
     "row_bytes",
     "scan",
     "select",
@@ -57,6 +59,14 @@ class Encoded(NamedTuple):
     norms: Tensor
     dots: Tensor
     centre_products: Tensor
+
+
+class Rotated(NamedTuple):
+    """What `rotate` returns; see there."""
+
+    values: Tensor
+    squares: Tensor
+    products: Tensor | None
 
 
 def select(backend: str, device: torch.device) -> str:
@@ -145,6 +155,37 @@ def encode(
         with launching_on(vectors.device):
             return Encoded(*encode_triton.encode(vectors, bands, factors, orders, centre, unit))
     return Encoded(*reference.encode(vectors, bands, factors, orders, centre, unit))
+
+
+def rotate(
+    vectors: Tensor,
+    factors: Tensor | None = None,
+    orders: Tensor | None = None,
+    *,
+    centre: Tensor | None = None,
+    unit: bool = False,
+    backend: str = "auto",
+) -> Rotated:
+    """Centres, normalises and rotates rows: with z = x - centre (x / |x| - centre if `unit`) it makes R z.
+
+    Args:
+        vectors: (q, d) float32, any strides.
+        factors, orders: as for `encode`; without factors nothing is rotated.
+        centre: (d,) float32, or None for zero.
+        unit: whether rows are divided by their norms first (zero rows stay zero).
+        backend: see `select`.
+
+    Returns:
+        values: (q, d) float32, R z.
+        squares: (q,) float32, |z|^2; not finite exactly where a row is not, or where it overflows.
+        products: (q,) float32, <centre, x> (x / |x| if `unit`); None without a centre.
+    """
+    if select(backend, vectors.device) == "triton" and factors is not None:
+        from tqsearch.kernels import rotate_triton
+
+        with launching_on(vectors.device):
+            return Rotated(*rotate_triton.rotate(vectors, factors, orders, centre, unit))
+    return Rotated(*reference.rotate(vectors, factors, orders, centre, unit))
 
 
 def reconstruct(packed: Tensor, scales: Tensor, bands: tuple[BandTable, ...], *, backend: str = "auto") -> Tensor:

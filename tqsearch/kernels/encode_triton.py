@@ -27,7 +27,7 @@ _ROUND = tl.constexpr(1.5 * 2**23)  # plus a number below 2^22: its last bits ar
 
 
 @triton.jit
-def _normalised(x, ROWS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr):
+def normalised(x, ROWS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr):
     """Rows scaled to squared norm DIM, and their norms; squares neither overflow nor vanish, zero rows stay zero.
 
     Where some row needs it rows are first divided by powers of two, which changes no other bits. A row that is not
@@ -52,12 +52,13 @@ def _normalised(x, ROWS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def _row_sums(x, ROWS: tl.constexpr, PADDED: tl.constexpr):
+def row_sums(x, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """The sum of each row, (ROWS,)."""
     return tl.sum(tl.reshape(x, (ROWS, PADDED)), axis=1)
 
 
 @triton.jit
-def _load(vectors_ptr, n, DIM: tl.constexpr, PADDED: tl.constexpr, LINES: tl.constexpr, WARPS: tl.constexpr):
+def load_rows(vectors_ptr, n, DIM: tl.constexpr, PADDED: tl.constexpr, LINES: tl.constexpr, WARPS: tl.constexpr):
     """Rows as float32, (WARPS, LINES, 128); each thread holds the same four numbers of a line, whatever their type."""
     four = tl.arange(0, 32)[:, None, None, None] * 4 + tl.arange(0, 4)[None, None, None, :]
     line = tl.arange(0, WARPS)[None, :, None, None] * LINES + tl.arange(0, LINES)[None, None, :, None]
@@ -121,15 +122,15 @@ def encode_kernel(
     place = line * 128 + tl.arange(0, 128)[None, None, :]
     column = place % PADDED
     there = column < DIM
-    x = _load(vectors_ptr + first * DIM, n - first, DIM, PADDED, LINES, WARPS)
+    x = load_rows(vectors_ptr + first * DIM, n - first, DIM, PADDED, LINES, WARPS)
     if UNIT:
-        x, length = _normalised(x, ROWS, PADDED, DIM)
+        x, length = normalised(x, ROWS, PADDED, DIM)
         x = tl.div_rn(x, tl.sqrt_rn(tl.full(x.shape, DIM, tl.float32)))
     if HAS_CENTRE:
         centre = tl.load(centre_ptr + column, mask=there, other=0.0)
         x = x - centre
-        tl.store(products_ptr + row, _row_sums(x * centre, ROWS, PADDED), mask=row < n)
-    x, norm = _normalised(x, ROWS, PADDED, DIM)
+        tl.store(products_ptr + row, row_sums(x * centre, ROWS, PADDED), mask=row < n)
+    x, norm = normalised(x, ROWS, PADDED, DIM)
     if UNIT:
         norm = tl.where(length == length, norm, length)
     tl.store(norms_ptr + row, norm, mask=row < n)
@@ -144,7 +145,7 @@ def encode_kernel(
     level = tl.where(above, (levels >> 32).to(tl.int32), levels.to(tl.int32)).to(tl.float32, bitcast=True)
     code = _lanes_last(word.to(tl.int32) + above.to(tl.int32), SIZE, WARPS)
     product = tl.where(there, x * _lanes_last(level, SIZE, WARPS), 0.0)
-    tl.store(dots_ptr + row, _row_sums(product, ROWS, PADDED), mask=row < n)
+    tl.store(dots_ptr + row, row_sums(product, ROWS, PADDED), mask=row < n)
 
     code = tl.reshape(tl.where(there, code, 0), (ROWS, PADDED))
     if MOVED:

@@ -57,6 +57,29 @@ def encode(
     return packed, norms, dots, centre_products
 
 
+def rotate(
+    vectors: Tensor, factors: Tensor | None, orders: Tensor | None, centre: Tensor | None, unit: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `kernels.rotate`."""
+    if unit:
+        vectors = unit_rows(vectors)
+    products = None if centre is None else vectors @ centre
+    if centre is not None:
+        vectors = vectors - centre
+    squares = (vectors * vectors).sum(dim=1)
+    if factors is not None:
+        vectors = hadamard_columns(vectors.t().contiguous(), factors, orders).t()
+    return vectors.contiguous(), squares, products
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Rows, (n, dim) float32, divided by their norms; zero rows stay zero."""
+    largest = vectors.abs().amax(dim=1, keepdim=True) if vectors.shape[0] else vectors[:, :1]
+    vectors = vectors / torch.where(largest > 0, largest, 1.0)  # so that squares neither overflow nor vanish
+    norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / torch.where(norms > 0, norms, 1.0)
+
+
 def _blocks(count: int, size: int) -> Iterator[slice]:
     size = max(size, 1)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
+from tqsearch.kernels.replay import kept
 from tqsearch.kernels.scan_cuts import Config, Shapes, config_for
 from tqsearch.kernels.scan_kernels_triton import arrange_kernel, rescore_kernel, scan_kernel
 from tqsearch.kernels.scan_layout import Layout, entries, layout_of
@@ -122,7 +123,7 @@ class Scanner:
         self.config = config
         key = tuple([(b.size, b.width, b.codec, *entries(b, exact)) for b in bands])
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
-        self.layout = layout = layout_of(key, config.block_c, exact, aligned, packed.device)
+        self.layout = layout = kept(layout_of(key, config.block_c, exact, aligned, packed.device))
         values, alpha, beta = _arrange(queries, layout, exact, config.block_q)
         none = layout.tables
         self._operands = (
