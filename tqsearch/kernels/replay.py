@@ -109,9 +109,7 @@ class _Stream:
 class _Recording:
     """The work of a function on rows of one number, which are copied to where it reads them."""
 
-    def __init__(
-        self, function: Callable[..., Outputs], rows: Tensor, key: tuple[Any, ...], pool: Any
-    ) -> None:
+    def __init__(self, function: Callable[..., Outputs], rows: Tensor, key: tuple[Any, ...], pool: Any) -> None:
         count, dim, *settings = key
         with torch.inference_mode(False), torch.no_grad():
             self._rows = torch.zeros((count, dim), dtype=rows.dtype, device=rows.device)
