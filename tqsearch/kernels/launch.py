@@ -26,6 +26,10 @@ class Launcher:
         self._kernel = kernel
         self._known: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether the variant of a key is compiled."""
+        return key in self._known
+
     def __call__(
         self,
         grid: tuple[int, int, int],

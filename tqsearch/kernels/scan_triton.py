@@ -15,6 +15,8 @@ float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -170,6 +172,10 @@ class Scanner:
         self._scan(queries, slice(0, self.rows), out, True)
         return out
 
+    def compiled(self) -> bool:
+        """Whether the kernel of step 1 is compiled; in the interpreter nothing is."""
+        return (True, *self._key) in _launch_scan
+
     def _scan(self, queries: slice, rows: slice, out: Tensor, maxima: bool) -> None:
         (count, stride), n, config = out.shape, rows.stop - rows.start, self.config
         blocks, tiles = -(-count // config.block_q), -(-n // config.tile)
@@ -253,9 +259,31 @@ def scan(
     if tiles < 4 * k:
         parts = [_top_of_scores(scanner, part, k, floats) for part in _split(count, max(16, floats // min(n, 1 << 16)))]
     else:
+        if packed.is_cuda and not scanner.compiled() and not torch.cuda.is_current_stream_capturing():
+            _compile_together(scanner, tiles, k)
         parts = [_top_of_tiles(scanner, part, k, floats) for part in _split(count, max(16, floats // tiles))]
     scores, rows = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
     return scores, rows
+
+
+def _compile_together(scanner: Scanner, tiles: int, k: int) -> None:
+    """Runs the steps side by side, for one query and on numbers of no meaning: a compiler takes a second for each."""
+    stream = torch.cuda.current_stream(scanner.device)
+    chosen = torch.zeros((1, k), dtype=torch.int64, device=scanner.device)
+    numbers = torch.zeros((1, max(tiles, k * scanner.config.tile)), device=scanner.device)
+
+    def choose_and_sort() -> None:
+        scanner.choose(numbers[:, :tiles], k)
+        if k <= _FEW:
+            _best(numbers, chosen, scanner.config.tile)
+
+    def run(step: Callable[[], object]) -> None:
+        with torch.cuda.device(scanner.device), torch.cuda.stream(stream):
+            step()
+
+    with ThreadPoolExecutor() as threads:
+        steps = (lambda: scanner.maxima(slice(0, 1)), lambda: scanner.rescore(0, chosen), choose_and_sort)
+        list(threads.map(run, steps))
 
 
 def _numbers_held(packed: Tensor) -> int:
