@@ -48,20 +48,16 @@ Version 3 has trellis codes. The header has the entry `codec`, "trellis", and th
 which case version 2's tensors hold. A row of `packed` is the codes of the bands of 1 to 4 bits, by `trellis`: its taps,
 its levels, its `pack`; then those of the bands of 6 and 8 bits as before. What is coded is the same: the rotated
 coordinates, scaled to squared norm `dim`, or those of learnt axes as in version 2. Widths are 0 to 4, 6 and 8.
-
-`write` writes a temporary file in the same folder, syncs it, renames it over the target and syncs the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +67,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tqsearch import codec as codecs
+from tqsearch import tensor_file
 from tqsearch.errors import CorruptFileError, ForeignFileError, NewerFormatError
 from tqsearch.estimator import bias_dtype
 from tqsearch.plan import BitPlan
@@ -80,9 +77,7 @@ FORMAT = "tqsearch-index"
 VERSION = 3
 _PREFIX = b'{"__metadata__":{"format":"' + FORMAT.encode() + b'"'
 _ORDER = ("ids", "centre", "axes", "deviations", "bias", "scales", "packed")
-_DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
-_BINARY = getattr(os, "O_BINARY", 0)  # on Windows
-_CHUNK = 32 << 20  # bytes hashed and written at a time
+_DTYPES = {dtype: tensor_file.DTYPES[dtype] for dtype in (torch.int64, torch.float32, torch.float16, torch.uint8)}
 
 
 @dataclass(frozen=True)
@@ -131,90 +126,29 @@ def write(
         OSError: there is no such folder, something else than a file is in the way, or the disk is full; a file that
             was there is as it was, and nothing is left beside it.
     """
-    target = _target(path)
     tensors = {name: [columns[name] for columns in segments] for name in (segments[0] if segments else ())}
     tensors.update((name, [tensor]) for name, tensor in (constants or {}).items())
     tensors = {name: tensors[name] for name in _ORDER if name in tensors}
-    mode = target.stat().st_mode & 0o777 if target.exists() else None
-    temporary = target.parent / f".tqsearch-{secrets.token_hex(4)}.tmp"
-    # The system takes the umask off a new file's mode: to ask for the umask is to set it, for all threads.
-    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666 if mode is None else 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_head(header, tensors, "0" * 64))
-            digest = hashlib.sha256(header.text().encode())
-            for name, parts in tensors.items():
-                digest.update(_label(name, parts))
-                for chunk in _chunks(parts):
-                    digest.update(chunk)
-                    file.write(chunk)
-            file.seek(0)
-            file.write(_head(header, tensors, digest.hexdigest()))
-            file.flush()
-            os.fsync(file.fileno())
-        if mode is not None:
-            os.chmod(temporary, mode)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(target.parent)
-
-
-def _target(path: str | os.PathLike[str]) -> Path:
-    """Where to write, behind any links: a file, or nothing yet."""
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such folder to save to; make it first", str(target.parent))
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "an index is saved to a file, and this is a folder", str(target))
-    if target.exists() and not target.is_file():  # a device or a pipe would be replaced
-        raise OSError(errno.EINVAL, "an index is saved to a regular file, and this is none", str(target))
-    return target
+    with tensor_file.replaced(path) as file:
+        file.write(_head(header, tensors, "0" * 64))
+        digest = hashlib.sha256(header.text().encode())
+        for name, parts in tensors.items():
+            digest.update(_label(name, parts))
+            for chunk in tensor_file.chunks(parts):
+                digest.update(chunk)
+                file.write(chunk)
+        file.seek(0)
+        file.write(_head(header, tensors, digest.hexdigest()))
 
 
 def _head(header: Header, tensors: dict[str, list[Tensor]], sha256: str) -> bytes:
     metadata = {"format": FORMAT, "version": str(header.version), "header": header.text(), "sha256": sha256}
-    content: dict[str, object] = {"__metadata__": metadata}
-    offset = 0
-    for name, parts in tensors.items():
-        size = sum(part.numel() * part.element_size() for part in parts)
-        content[name] = {
-            "dtype": _DTYPES[parts[0].dtype],
-            "shape": _shape(parts),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _shape(parts: Sequence[Tensor]) -> list[int]:
-    return [sum(len(part) for part in parts), *parts[0].shape[1:]]
+    return tensor_file.head(metadata, tensors)
 
 
 def _label(name: str, parts: Sequence[Tensor]) -> bytes:
-    return f"{name} {_DTYPES[parts[0].dtype]} {json.dumps(_shape(parts), separators=(',', ':'))}".encode()
-
-
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
-    """The bytes of tensors, some rows at a time, brought to the CPU as they are needed."""
-    for tensor in tensors:
-        rows = max(1, _CHUNK // max(1, tensor[:1].numel() * tensor.element_size()))
-        for block in torch.split(tensor, rows):
-            yield memoryview(block.contiguous().cpu().numpy().data).cast("B")
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    shape = json.dumps(tensor_file.shape_of(parts), separators=(",", ":"))
+    return f"{name} {_DTYPES[parts[0].dtype]} {shape}".encode()
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -259,7 +193,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, Columns, dict[str, Tenso
     for name in _ORDER:
         if name in columns and columns[name].dtype in _DTYPES:
             digest.update(_label(name, [columns[name]]))
-            for chunk in _chunks([columns[name]]):
+            for chunk in tensor_file.chunks([columns[name]]):
                 digest.update(chunk)
     if digest.hexdigest() != metadata["sha256"]:
         raise CorruptFileError(f"{path} is altered: its checksum does not match its content; restore it from a copy")

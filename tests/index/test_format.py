@@ -15,6 +15,7 @@ from container import put_together
 from index_oracle import check_top_k, estimate, mean_distortion, parse
 
 from tqsearch import format as file_format
+from tqsearch import tensor_file
 from tqsearch.errors import CorruptFileError, NewerFormatError
 from tqsearch.index import TurboQuantIndex
 
@@ -93,7 +94,7 @@ class TestSpecification:
         whole.save(tmp_path / "whole")
         assert len(parts._contents.rows.segments) > 1
         for chunk in (1, 37, 200):
-            monkeypatch.setattr(file_format, "_CHUNK", chunk)
+            monkeypatch.setattr(tensor_file, "CHUNK", chunk)
             parts.save(tmp_path / "parts")
             assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
             assert len(TurboQuantIndex.load(tmp_path / "parts")) == 60
@@ -284,7 +285,7 @@ class TestWriting:
         with pytest.raises(FileNotFoundError, match=f"no such folder to save to; make it first: '{missing}'"):
             made().save(missing / "index")
         (tmp_path / "folder").mkdir()
-        with pytest.raises(IsADirectoryError, match=r"an index is saved to a file, and this is a folder: '.*/folder'"):
+        with pytest.raises(IsADirectoryError, match=r"it can be saved to a file, and this is a folder: '.*/folder'"):
             made().save(tmp_path / "folder")
         assert os.listdir(tmp_path) == ["folder"]
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 
 import families
 import pytest
@@ -188,6 +189,61 @@ def test_writing_replaces_the_file_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def fail(*_):
     raise OSError("the disk is full")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    import resource
+
+    model, cache = filled("llama")
+    path = tmp_path / "file"
+    cache.save(path)
+    before = path.read_bytes()
+    go_on(model, cache)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 1000, len(before) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                cache.save(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links of files")
+def test_files_and_links_are_as_any_others(tmp_path):
+    _, cache = filled("llama")
+    (tmp_path / "any").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    cache.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "any").stat().st_mode
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"this is a folder: '.*/folder'"):
+        cache.save(tmp_path / "folder")
+    with pytest.raises(FileNotFoundError, match="no such folder to save to; make it first"):
+        cache.save(tmp_path / "none" / "file")
+    assert sorted(os.listdir(tmp_path)) == ["any", "file", "folder", "link"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_safetensors_reader_opens_it(tmp_path, dtype):
+    """Tensors begin at multiples of their element size, whatever bytes the codes take: here 15 a token of a value."""
+    config = families._config("LlamaConfig", head_dim=30, num_attention_heads=3, num_key_value_heads=3)
+    cache = TurboQuantCache(config, 1, sink_length=1, residual_length=0, block_length=8)
+    states = torch.randn(1, 3, 10, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for layer in range(len(cache.layers)):
+        cache.update(states, states, layer)
+    cache.save(tmp_path / "file")
+    with safe_open(tmp_path / "file", "np" if dtype != torch.bfloat16 else "pt") as file:
+        for number, layer in enumerate(cache.layers):
+            for side, history in zip(("keys", "values"), layer.past, strict=True):
+                for name, tensor in history.tensors().items():
+                    read = torch.as_tensor(file.get_tensor(f"{number}.{side}.{name}"))
+                    assert read.dtype == tensor.dtype
+                    assert torch.equal(read, tensor)
 
 
 def rewritten(path, change):

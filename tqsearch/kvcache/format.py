@@ -16,28 +16,24 @@ A file is a safetensors container. Its metadata are strings:
 
 A compressed layer n has the tensors `n.keys.sinks`, `n.keys.recent` and, if tokens are compressed, `n.keys.packed`,
 `n.keys.scales`, `n.keys.offset` and, with outlier channels, `n.keys.order` and `n.keys.gain`, and the first four of
-`values`: see `store`. An attribute of a layer in
-`state` is [kind, content]: ["value", a JSON value], ["tensor", its name], ["dtype", torch's name], ["device", null] or
-["dict", [[key, attribute], ...]].
+`values`: see `store`. An attribute of a layer in `state` is [kind, content]: ["value", a JSON value], ["tensor", its
+name], ["dtype", torch's name], ["device", null] or ["dict", [[key, attribute], ...]].
 
 Codes follow from the widths, the codec, the seed and the shapes alone. A change that alters them needs a new version.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tqsearch import tensor_file
 from tqsearch.errors import CorruptFileError, ForeignFileError, InvalidInputError, NewerFormatError
 
 FORMAT = "tqsearch-kvcache"
@@ -51,35 +47,20 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
         path: the file; an existing one is replaced once the new one is safe on the disk.
         header: see the module's docstring.
         tensors: by name, on any device.
+
+    Raises:
+        OSError: it cannot be written; see `tensor_file.replaced`.
     """
-    target = Path(path)
     text = json.dumps(header, sort_keys=True, separators=(",", ":"))
-    # Clones: safetensors refuses tensors that share a storage.
-    whole = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
     version = 2 if header["codec"] == "trellis" else 1
-    metadata = {"format": FORMAT, "version": str(version), "header": text, "sha256": _digest(text, whole)}
-    mode = target.stat().st_mode & 0o777 if target.exists() else None
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600))
-    try:
-        save_file(whole, temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        if mode is not None:
-            os.chmod(temporary, mode)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":  # the new name is safe once the folder is
-        handle = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    metadata = {"format": FORMAT, "version": str(version), "header": text, "sha256": _digest(text, tensors)}
+    # Wide elements first: so each tensor begins at a multiple of its own.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    with tensor_file.replaced(path) as file:
+        file.write(tensor_file.head(metadata, {name: [tensors[name]] for name in order}))
+        for name in order:
+            for chunk in tensor_file.chunks([tensors[name]]):
+                file.write(chunk)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -121,7 +102,8 @@ def _digest(header: str, tensors: dict[str, Tensor]) -> str:
         tensor = tensors[name]
         shape = json.dumps(list(tensor.shape), separators=(",", ":"))
         digest.update(f"{name} {tensor.dtype} {shape}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        for chunk in tensor_file.chunks([tensor]):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
