@@ -56,7 +56,7 @@ class Searcher:
             scores, ids, squares = self._replayed(queries, k, precision)
         else:
             scores, ids, squares = _search(self.estimator, self.rows, queries, k, precision, mask)
-        _check(queries, squares)  # the device's work is queued: only now it is waited for
+        _check(queries, squares.cpu())  # the device's work is queued: only now it is waited for
         return scores, ids
 
 
@@ -108,8 +108,8 @@ def _named(places: Tensor, local: Tensor | None, start: int, columns: Columns) -
 
 
 def _check(queries: Tensor, squares: Tensor) -> None:
-    """Refuses queries whose squared norms are not finite."""
-    if not torch.isfinite(squares.sum(dtype=torch.float64)):
+    """Refuses queries whose squared norms, on the CPU, are not finite."""
+    if not torch.isfinite(squares).all():
         check_finite(queries, "queries")
         row = int((~torch.isfinite(squares)).nonzero()[0])
         raise InvalidInputError(
