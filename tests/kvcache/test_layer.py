@@ -263,6 +263,7 @@ def test_states_that_do_not_go_with_the_past_are_refused():
         ({"value_bits": 4.5, "codec": "trellis"}, "value_bits must be from 1 to 4, or 8, along a trellis, got 4.5"),
         ({"bits": BitPlan.of(64, 5), "codec": "trellis"}, "along a trellis, got 64 x 5 bit"),
         ({"policy": PerLayer((LayerBits(4, 4),))}, "the policy must name 2 layers that can be compressed, got 1"),
+        ({"policy": 3}, r"policy must have a method bits\(layer, count\), got 3"),
         ({"policy": Uniform(None, None)}, "the policy leaves every layer alone"),
     ],
 )

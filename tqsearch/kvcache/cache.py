@@ -86,6 +86,8 @@ class TurboQuantCache(DynamicCache):
                 bits if value_bits is None else value_bits,
                 _count(protect_layers, "protect_layers"),
             )
+        elif not callable(getattr(policy, "bits", None)):
+            raise InvalidInputError(f"policy must have a method bits(layer, count), got {policy!r}")
         if _count(block_length, "block_length") % 8 or not block_length:
             raise InvalidInputError(f"block_length must be a positive multiple of 8, got {block_length}")
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
@@ -128,6 +130,7 @@ class TurboQuantCache(DynamicCache):
 
         Raises:
             InvalidInputError: a layer of the library's holds something that files cannot.
+            OSError: the file cannot be written; what was there is as it was.
         """
         save(self, path)
 
@@ -150,6 +153,7 @@ class TurboQuantCache(DynamicCache):
 
         Raises:
             FormatError: not such a file, or a damaged one; the subclass says which.
+            OSError: the file cannot be read.
             InvalidInputError: the configuration's layers are not those of the file.
         """
         return load(cls, path, config, device, options)
