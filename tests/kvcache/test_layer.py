@@ -184,6 +184,19 @@ def test_masks_and_negative_indices_select_as_the_library_does():
         assert (ours.layers[0].keys - expected).abs().max() < 0.15
 
 
+@pytest.mark.parametrize("options", [{}, {"codec": "trellis"}, {"outlier_channels": 4}, {"key_bits": 2.5}])
+def test_a_batch_that_is_empty_or_becomes_so(options):
+    """Nothing is all that can be returned, of the right shape, compressed or not."""
+    cache, none = new(4, **options), random(0, 2, 40, 64)
+    cache.update(none, none, 0)
+    cache.update(random(2, 2, 40, 64), random(2, 2, 40, 64), 1)
+    cache.batch_select_indices(torch.zeros(2, dtype=torch.bool))
+    assert all(layer.past[0].compressed_length for layer in cache.layers)
+    for layer in range(2):
+        found = [cache.update(none, none, layer) for _ in range(2)][-1]
+        assert [tuple(part.shape) for part in found] == [(0, 2, 120, 64)] * 2
+
+
 def test_offloading_and_prefetching_keep_the_states():
     cache = new()
     cache.update(random(1, 2, 50, 64), random(1, 2, 50, 64), 0)

@@ -276,9 +276,11 @@ class ValueCodec(StateCodec):
         parts, coordinate = [], 0
         for band in self.plan.bands:
             columns = codes[:, coordinate : coordinate + band.size].reshape(-1, self.block_length)
-            parts.append(pack(columns, BitPlan.of(self.block_length, band.width)).view(count, -1))
+            packed = pack(columns, BitPlan.of(self.block_length, band.width))
+            parts.append(packed.view(count, band.size * packed.shape[1]))
             coordinate += band.size
-        return torch.cat(parts, dim=1).view(*blocks, -1)
+        whole = torch.cat(parts, dim=1)
+        return whole.view(*blocks, whole.shape[1])
 
     def levels(self, packed: Tensor) -> Tensor:
         """(B, H, C / block, D bytes) to (B H C, D) float32."""
