@@ -1,7 +1,8 @@
 """Launching a compiled Triton kernel again at little cost to the host.
 
-At each launch Triton hashes every argument, constants of a hundred words among them, to find the variant to run: longer
-than a short kernel runs. Here the caller names the variant by a key of its own.
+At each launch Triton hashes every argument, constants of a hundred words among them, to find the variant to run, and
+asks the driver about every tensor: longer than a short kernel runs. Here the caller names the variant by a key of its
+own, and Triton's launcher gets addresses, which it takes as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
 
 MOST = 1024  # variants kept of a kernel
@@ -44,13 +47,17 @@ class Launcher:
             grid: programs.
             key: equal keys, equal constants, options and device, and arguments for which Triton compiles one variant:
                 see `variant`.
-            arguments: all that are not constant, in order.
+            arguments: all that are not constant, in order; the first one is a tensor on the current device.
             constants: makes those, by name; called when the key is new.
             **options: of the compiler.
         """
         known = self._known.get(key)
-        if known is not None:
-            known[0][grid](*arguments, *known[1])
+        if known is not None and knobs.runtime.launch_enter_hook is None:
+            compiled, made_before = known
+            addresses = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+            stream = torch._C._cuda_getCurrentRawStream(arguments[0].device.index)
+            metadata = compiled.packed_metadata
+            compiled.run(*grid, stream, compiled.function, metadata, None, None, None, *addresses, *made_before)
             return
         made = constants()
         compiled = self._kernel[grid](*arguments, **made, **options)
