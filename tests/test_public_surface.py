@@ -73,6 +73,25 @@ def test_importing_the_package_imports_nothing_optional():
     assert not loaded & HEAVY
 
 
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (
+            "raise ModuleNotFoundError('none here', name='transformers')",
+            "needs transformers: pip install 'tqsearch[hf]'",
+        ),
+        ("__version__ = '5.16.9'", "needs transformers 5.17 or later, got 5.16.9: pip install 'tqsearch[hf]'"),
+    ],
+    ids=["missing", "too old"],
+)
+def test_the_cache_says_which_transformers_it_needs(tmp_path, module, says):
+    (tmp_path / "transformers.py").write_text(module)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import tqsearch.kvcache"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].endswith(f"Error: tqsearch.kvcache {says}")
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "tqsearch")))
 def test_everything_public_has_a_docstring(path):
     missing = list(undocumented(ast.parse(path.read_text()), path.stem))

@@ -1,5 +1,6 @@
 """A compressed KV cache for HuggingFace transformers: `TurboQuantCache`, `compress`, and policies of bits."""
 
+from tqsearch.kvcache import installed  # noqa: F401 (first: it says what is missing)
 from tqsearch.kvcache.attention import register
 from tqsearch.kvcache.cache import TurboQuantCache
 from tqsearch.kvcache.generate import compress
