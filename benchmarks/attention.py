@@ -69,11 +69,11 @@ def context(batch: int, tokens: int, bits: tuple[int, int]) -> Context:
     compressed = (tokens - SINKS - RECENT) // BLOCK * BLOCK
     device = torch.device("cuda")
 
-    def side(width: int, along_tokens: bool) -> Compressed:
+    def side(width: int) -> Compressed:
         quantizer = TurboQuantizer(DIM, width)
         rotation = quantizer.rotation.apply(torch.eye(DIM, device=device)).t().contiguous()
-        count, nbytes = (compressed // BLOCK, BLOCK * DIM) if along_tokens else (compressed, DIM)
-        packed = torch.randint(0, 256, (batch, HEADS, count, nbytes * width // 8), dtype=torch.uint8, device=device)
+        shape = (batch, HEADS, compressed // BLOCK, BLOCK * DIM * width // 8)
+        packed = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         scales = (torch.rand((batch, HEADS, compressed), device=device) + 0.5).half()
         return Compressed(packed, scales, quantizer.tables(device), rotation)
 
@@ -83,7 +83,7 @@ def context(batch: int, tokens: int, bits: tuple[int, int]) -> Context:
 
     offset = torch.randn((HEADS, DIM), device=device)
     recent = dense(tokens - SINKS - compressed)
-    return Context(dense(SINKS), side(bits[0], False), side(bits[1], True), recent, offset)
+    return Context(dense(SINKS), side(bits[0]), side(bits[1]), recent, offset)
 
 
 def rival_times(batch: int, tokens: int, query: Tensor) -> tuple[float, float]:

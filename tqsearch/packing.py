@@ -13,6 +13,8 @@ either way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,35 @@ def pack_columns(codes: Tensor, plan: BitPlan) -> Tensor:
             shift += plane
         row += band.size
     return packed
+
+
+def by_planes(rows: Tensor, bands: Sequence[tuple[int, int]]) -> Tensor:
+    """Blocks of packed rows, each row's planes one after the other, to blocks where each plane's rows lie together.
+
+    Args:
+        rows: (n, count, row bytes) uint8.
+        bands: (size, width) of each band.
+
+    Returns:
+        (n, count * row bytes) uint8.
+    """
+    planes = _plane_bytes(bands)
+    if len(planes) < 2:
+        return rows.flatten(1)
+    return torch.cat([part.flatten(1) for part in torch.split(rows, planes, dim=2)], dim=1)
+
+
+def by_rows(blocks: Tensor, bands: Sequence[tuple[int, int]], count: int) -> Tensor:
+    """The inverse of `by_planes`: (n, count * row bytes) to (n, count, row bytes)."""
+    planes = _plane_bytes(bands)
+    if len(planes) < 2:
+        return blocks.reshape(len(blocks), count, sum(planes))
+    parts = zip(torch.split(blocks, [count * nbytes for nbytes in planes], dim=1), planes, strict=True)
+    return torch.cat([part.view(len(blocks), count, nbytes) for part, nbytes in parts], dim=2)
+
+
+def _plane_bytes(bands: Sequence[tuple[int, int]]) -> list[int]:
+    return [-(-size * plane // 8) for size, width in bands for plane in planes_of(width)]
 
 
 def _fold(fields: Tensor, plane: int, out: Tensor) -> None:

@@ -28,6 +28,17 @@ def grid(width, rng):
     return np.sort(rng.choice(128, 2**width, replace=False)), 63.5, 0.04
 
 
+def by_planes(rows, pairs):
+    """Packed rows of a block, the first plane of all, then the next."""
+    parts, start = [], 0
+    for size, width in pairs:
+        for plane in (plane for plane in (8, 4, 2, 1) if width & plane):
+            stop = start + -(-size * plane // 8)
+            parts += [row[start:stop] for row in rows]
+            start = stop
+    return b"".join(parts)
+
+
 class Side:
     """Random compressed keys (packed along the dimension) or values (along the tokens), and what they stand for."""
 
@@ -44,18 +55,21 @@ class Side:
             start += size
         self.vectors = (levels * self.scales[..., None].astype(np.float64)) @ self.rotation
         if along_tokens:
-            widths = np.repeat([width for _, width in pairs], [size for size, _ in pairs])
-            blocks = codes.reshape(batch, heads, -1, block, dim).swapaxes(3, 4)
-            rows = [
-                b"".join(oracle.pack(line.tolist(), [(block, int(w))]) for line, w in zip(one, widths, strict=True))
-                for one in blocks.reshape(-1, dim, block)
+            ends = np.cumsum([size for size, _ in pairs])[:-1]
+            blocks = [
+                b"".join(
+                    by_planes([oracle.pack(line.tolist(), [(block, width)]) for line in band], [(block, width)])
+                    for band, (_, width) in zip(np.split(one, ends), pairs, strict=True)
+                )
+                for one in codes.reshape(-1, block, dim).swapaxes(1, 2)
             ]
-            outer = (batch, heads, count // block)
         else:
-            rows = [oracle.pack(row.tolist(), pairs) for row in codes.reshape(-1, dim)]
-            outer = shape
-        nbytes = len(rows[0]) if rows else 1
-        self.packed = np.frombuffer(b"".join(rows), np.uint8).reshape(*outer, nbytes).copy()
+            blocks = [
+                by_planes([oracle.pack(row.tolist(), pairs) for row in one], pairs)
+                for one in codes.reshape(-1, block, dim)
+            ]
+        nbytes = len(blocks[0]) if blocks else 1
+        self.packed = np.frombuffer(b"".join(blocks), np.uint8).reshape(batch, heads, count // block, nbytes).copy()
         self.bands = []
         for (size, width), (numbers, offset, step) in zip(pairs, tables, strict=True):
             exact = ((numbers - offset) * step).astype(np.float32)
@@ -348,5 +362,5 @@ def test_logits_alone(oracle, device, plan):
     case = Case(oracle, device, keys=PLANS[plan], heads=2, queries=3)
     keys = np.repeat(case.keys.vectors + case.offset.cpu().double().numpy()[None, :, None], case.group, axis=1)
     expected = case.query.cpu().double().numpy() @ keys.swapaxes(2, 3) * case.scaling
-    found = logits(case.query, case.keys.on(device), case.offset, case.scaling, block=64)
+    found = logits(case.query, case.keys.on(device), case.offset, case.scaling)
     assert np.abs(found.cpu().double().numpy() - expected).max() <= 1e-3 * np.abs(expected).max()

@@ -19,14 +19,26 @@ def encode(states, quantizer, rotation, offset, block, along_tokens):
 def unpacked(packed, pairs, block, along_tokens, oracle_pack):
     """Codes (tokens, D) of one head, each bit read where the oracle's packer puts it."""
     if not along_tokens:
-        return _read(packed, _places(pairs, oracle_pack))
+        return _read(_rows(packed, pairs, block), _places(pairs, oracle_pack))
     rows, start = [], 0
     for size, width in pairs:
-        nbytes = block * width // 8
-        band = packed[:, start : start + size * nbytes].reshape(len(packed) * size, nbytes)
+        nbytes = size * block * width // 8
+        band = _rows(packed[:, start : start + nbytes], [(block, width)], size)
         rows.append(_read(band, _places([(block, width)], oracle_pack)).reshape(len(packed), size, block))
-        start += size * nbytes
+        start += nbytes
     return np.concatenate(rows, axis=1).swapaxes(1, 2).reshape(-1, sum(size for size, _ in pairs))
+
+
+def _rows(blocks, pairs, count):
+    """Blocks of so many rows, the planes of each row put together: (rows, bytes)."""
+    parts, start = [blocks[:, :0].repeat(count, axis=0)], 0
+    for size, width in pairs:
+        for plane in (plane for plane in (8, 4, 2, 1) if width & plane):
+            nbytes = size * plane // 8
+            parts.append(blocks[:, start : start + count * nbytes].reshape(-1, nbytes))
+            start += count * nbytes
+    assert start == blocks.shape[1]
+    return np.concatenate(parts, axis=1)
 
 
 def _places(pairs, oracle_pack):
@@ -100,5 +112,5 @@ def test_nothing(device):
     packed, scales = encode(
         torch.zeros((1, 2, 0, 32), device=device), TurboQuantizer(32, 3), torch.eye(32), None, 32, False
     )
-    assert packed.shape == (1, 2, 0, 12)
+    assert packed.shape == (1, 2, 0, 32 * 12)
     assert scales.shape == (1, 2, 0)

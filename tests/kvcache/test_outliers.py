@@ -32,7 +32,7 @@ def test_estimates_are_the_definitions(oracle):
     decoded = torch.empty_like(keys)
     codec.decode(compressed, decoded)
     pairs = [(CHANNELS, 8), (DIM - CHANNELS, 3)]
-    codes = read_key_codes(compressed.packed, pairs).reshape(2, HEADS, 64, DIM)
+    codes = read_key_codes(compressed.packed, pairs, 8).reshape(2, HEADS, 64, DIM)
     scales = compressed.scales.double().numpy()
     for head in range(HEADS):
         rows = keys[:, head].reshape(-1, DIM).double().numpy()

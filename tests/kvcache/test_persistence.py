@@ -7,10 +7,12 @@ import stat
 import sys
 
 import families
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_store import read_key_codes, read_row, read_value_codes
 
 from tqsearch.errors import CorruptFileError, ForeignFileError, InvalidInputError, NewerFormatError
 from tqsearch.kvcache import LayerBits, PerLayer, TurboQuantCache
@@ -138,6 +140,21 @@ def test_the_file_is_what_its_specification_says(tmp_path):
     parts += ("values.sinks", "values.recent", "values.packed", "values.scales")
     assert names == {f"{layer}.{part}" for layer in (0, 1) for part in parts}
     assert tuple(packed.shape) == (2, 2, 3, 64 * 3)
+
+
+def test_a_file_has_the_planes_of_each_row_together(tmp_path):
+    """As the first files of version 1, though in memory the rows of a block lie by planes."""
+    _, cache = filled("llama", 3)
+    cache.save(tmp_path / "file")
+    with safe_open(tmp_path / "file", "pt") as file:
+        keys, values = (file.get_tensor(f"0.{side}.packed").numpy() for side in ("keys", "values"))
+    kept = [history.compressed.packed for history in cache.layers[0].past]
+    assert keys.shape == (2, 2, 24, 64 * 3 // 8)
+    codes = np.stack([read_row(row, [(64, 3)]) for row in keys.reshape(-1, 24)])
+    assert np.array_equal(codes, read_key_codes(kept[0], [(64, 3)], 8))
+    lines = np.stack([read_row(line, [(8, 3)]) for line in values.reshape(-1, 3)])
+    codes = lines.reshape(-1, 64, 8).swapaxes(1, 2).reshape(-1, 64)
+    assert np.array_equal(codes, read_value_codes(kept[1], [(64, 3)], 8))
 
 
 def test_trellis_codes_are_of_version_2(tmp_path):

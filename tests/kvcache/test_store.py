@@ -33,8 +33,22 @@ def read_row(row, pairs):
     return np.concatenate(codes)
 
 
-def read_key_codes(packed, pairs):
-    return np.stack([read_row(row, pairs) for row in packed.reshape(-1, packed.shape[-1]).numpy()])
+def read_rows(blob, pairs, count):
+    """The codes of a block of so many rows, whose planes lie one after the other: (count, codes of a row)."""
+    rows, byte = [[] for _ in range(count)], 0
+    for size, width in pairs:
+        for plane in PLANES[width]:
+            nbytes = -(-size * plane // 8)
+            for row in rows:
+                row.extend(blob[byte : byte + nbytes])
+                byte += nbytes
+    assert byte == len(blob)
+    return np.stack([read_row(row, pairs) for row in rows])
+
+
+def read_key_codes(packed, pairs, block):
+    """(B, H, C / block, bytes) to (B H C, D)."""
+    return np.concatenate([read_rows(blob, pairs, block) for blob in packed.reshape(-1, packed.shape[-1]).numpy()])
 
 
 def read_value_codes(packed, pairs, block):
@@ -43,12 +57,11 @@ def read_value_codes(packed, pairs, block):
     for blob in packed.reshape(-1, packed.shape[-1]).numpy():
         columns, byte = [], 0
         for size, width in pairs:
-            nbytes = block * width // 8
-            for _ in range(size):
-                columns.append(read_row(blob[byte : byte + nbytes], [(block, width)]))
-                byte += nbytes
+            nbytes = size * block * width // 8
+            columns.append(read_rows(blob[byte : byte + nbytes], [(block, width)], size))
+            byte += nbytes
         assert byte == len(blob)
-        tokens.append(np.stack(columns, axis=1))
+        tokens.append(np.concatenate(columns).T)
     return np.concatenate(tokens)
 
 
@@ -78,7 +91,7 @@ def test_codes_scales_and_estimates(oracle, kind, dim, bits):
     rest = (states if offset is None else states - offset[:, None]).reshape(-1, dim).double().numpy()
 
     codes = (
-        read_key_codes(compressed.packed, pairs)
+        read_key_codes(compressed.packed, pairs, block)
         if kind is KeyCodec
         else read_value_codes(compressed.packed, pairs, block)
     )

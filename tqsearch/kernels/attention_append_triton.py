@@ -45,9 +45,9 @@ def _fold(fields, SIZE: tl.constexpr):
 @triton.jit
 def _store_plane(
     codes,  # (CHUNK, TOKENS) along the tokens, else (TOKENS, CHUNK)
-    out_ptr,  # of the block, or of the head's first token
+    out_ptr,  # of the plane, in the block
     coordinate,  # the chunk's first, in its band
-    token,  # the program's first, in its block or of the head
+    token,  # the program's first, in its block
     row,  # bytes from one coordinate, or token, to the next
     SHIFT: tl.constexpr,
     SIZE: tl.constexpr,
@@ -83,8 +83,8 @@ def append_kernel(
     states_t,
     DIM: tl.constexpr,
     DIM2: tl.constexpr,
-    BANDS: tl.constexpr,  # (size, width, first coordinate, byte offset, bytes of a row, bytes of its first plane)
-    BYTES: tl.constexpr,  # of a token, or of a block along the tokens
+    BANDS: tl.constexpr,  # (size, width, first coordinate, byte offset, bytes of a row and of all of the first plane)
+    BYTES: tl.constexpr,  # of a block
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -123,15 +123,13 @@ def append_kernel(
             product += tl.sum(tl.where(inside[None, :], rotated * level, 0.0), axis=1)
             if ALONG_TOKENS:
                 codes = tl.trans(codes)
-                out = packed_ptr + (pair * (count // BLOCK) + first // BLOCK) * BYTES + BANDS[b][3]
-                token = first % BLOCK
-            else:
-                out = packed_ptr + pair * count * BYTES + BANDS[b][3]
-                token = first
+            out = packed_ptr + (pair * (count // BLOCK) + first // BLOCK) * BYTES + BANDS[b][3]
+            token = first % BLOCK
             # fmt: off
             if BANDS[b][1] == 3:
                 _store_plane(codes, out, start, token, BANDS[b][4], 0, 2, BANDS[b][0], ALONG_TOKENS)
-                _store_plane(codes, out + BANDS[b][5], start, token, BANDS[b][4], 2, 1, BANDS[b][0], ALONG_TOKENS)
+                _store_plane(
+                    codes, out + BANDS[b][5], start, token, BANDS[b][4] // 2, 2, 1, BANDS[b][0], ALONG_TOKENS)
             else:
                 _store_plane(codes, out, start, token, BANDS[b][4], 0, BANDS[b][1], BANDS[b][0], ALONG_TOKENS)
             # fmt: on
@@ -143,18 +141,14 @@ def append_kernel(
 def _cut(bands: tuple[tuple[int, int], ...], block: int, along_tokens: bool) -> tuple[tuple[tuple[int, ...], ...], int]:
     """BANDS and BYTES of bands given as (size, width)."""
     constants, first, byte = [], 0, 0
-    total = sum(-(-size * plane // 8) for size, width in bands for plane in planes_of(width))
     for size, width in bands:
-        low = planes_of(width)[0] if width else 0
-        if along_tokens:
-            row, plane = block * width // 8, block * low // 8
-        else:
-            row, plane = total, size * low // 8
         if width:
-            constants.append((size, width, first, byte, row, plane))
-        byte += size * row if along_tokens else size * width // 8
+            rows, codes = (size, block) if along_tokens else (block, size)
+            row = codes * planes_of(width)[0] // 8
+            constants.append((size, width, first, byte, row, rows * row))
+        byte += size * block * width // 8
         first += size
-    return tuple(constants), byte if along_tokens else total
+    return tuple(constants), byte
 
 
 def encode_blocks(
@@ -181,8 +175,7 @@ def encode_blocks(
     """
     batch, heads, count, dim = states.shape
     constants, nbytes = _cut(tuple((band.size, band.width) for band in bands), block, along_tokens)
-    shape = (batch, heads, count // block if along_tokens else count, nbytes)
-    packed = torch.empty(shape, dtype=torch.uint8, device=states.device)
+    packed = torch.empty((batch, heads, count // block, nbytes), dtype=torch.uint8, device=states.device)
     scales = torch.empty((batch, heads, count), dtype=torch.float32, device=states.device)
     if scales.numel():
         boundaries, levels = _stacked(bands)

@@ -113,7 +113,6 @@ def _columns_a_step(size: int, width: int) -> tuple[int, bool]:
 def key_layout(bands: tuple[BandKey, ...], assembled: bool, device: torch.device) -> KeyLayout:
     """The layout of keys' bands, with assembly or all portable."""
     dim = sum(band[0] for band in bands)
-    row = sum(-(-size * plane // 8) for size, width, *_ in bands for plane in planes_of(width))
     constants, assemblies, slots = [], [], []
     first, byte, slot = 0, 0, 0
     kept = [band for band in bands if band[1]]
@@ -122,7 +121,7 @@ def key_layout(bands: tuple[BandKey, ...], assembled: bool, device: torch.device
             plane = -(-size * (2 if width == 3 else width) // 8)
             step, whole = _columns_a_step(size, width)
             columns = -(-size // COLUMN_DIMS[width])
-            quad = assembled and whole and all(offset % 16 == 0 for offset in (row, byte, plane))
+            quad = assembled and whole and plane % 16 == 0
             form, dims = int(whole), slot_dims(width, -(-columns // step) * step, quad)
             if width == 3 and quad and step >= DEPTH // 2:
                 form, step, columns = WORDS, 2 * step, 2 * columns
@@ -231,7 +230,7 @@ def value_layout(bands: tuple[BandKey, ...], block: int, assembled: bool, device
             nbytes = sum(-(-block * plane // 8) for plane in planes_of(width))
             plane = block * (2 if width == 3 else width) // 8
             columns, form = block // COLUMN_DIMS[width], 1
-            quad = assembled and columns % 4 == 0 and nbytes % 16 == 0 and plane % 16 == 0
+            quad = assembled and columns % 4 == 0 and plane % 16 == 0
             dims = slot_dims(width, columns, quad)
             if width == 3 and quad and columns >= DEPTH // 2:
                 form, columns = WORDS, 2 * columns

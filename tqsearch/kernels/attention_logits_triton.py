@@ -20,7 +20,7 @@ from tqsearch.kernels.attention_triton import prepared
 def logits_kernel(
     digits_ptr,  # (B H row blocks, 2 R, SLOTS) int8
     factors_ptr,  # (B H row blocks, 1 + key bands + BIASES, R) float32
-    keys_ptr,  # (B, H, C, KEY_ROW) uint8
+    keys_ptr,  # (B, H, C / BLOCK, BLOCK KEY_ROW) uint8
     scales_ptr,  # (B, H, C)
     tables_ptr,
     out_ptr,  # (B, H, group Tq, C) float32
@@ -42,15 +42,15 @@ def logits_kernel(
     fill_registers(REGISTERS, tables_ptr, tables_ptr)
     task = tl.program_id(1)
     pair = (task // row_blocks).to(tl.int64)
-    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    safe = tl.minimum(tokens, count - 1)
+    tokens = tl.arange(0, BLOCK)
+    at = pair * count + tl.program_id(0) * BLOCK
     factors = factors_ptr + task * ((1 + COUNT + BIASES) * R) + tl.arange(0, R)
     score = tl.zeros((BLOCK, R), tl.float32)
     for b in tl.static_range(COUNT):
         # fmt: off
         products = key_products(
-            keys_ptr + pair * count * KEY_ROW, safe.to(tl.int64), digits_ptr + task.to(tl.int64) * (N * SLOTS),
-            tables_ptr + b * 256, KEY_ROW, SLOTS, N, KEY_BANDS[b][0], KEY_BANDS[b][1], KEY_BANDS[b][2],
+            keys_ptr + at * KEY_ROW, tokens, digits_ptr + task.to(tl.int64) * (N * SLOTS),
+            tables_ptr + b * 256, SLOTS, N, KEY_BANDS[b][0], KEY_BANDS[b][1], KEY_BANDS[b][2],
             KEY_BANDS[b][3], KEY_BANDS[b][4], KEY_BANDS[b][5], KEY_BANDS[b][7],
             tl.constexpr(KEY_ASSEMBLIES[b]), BLOCK)
         # fmt: on
@@ -58,14 +58,14 @@ def logits_kernel(
     bias = tl.zeros((R,), tl.float32)
     for i in range(BIASES):
         bias += tl.load(factors + (1 + COUNT + i) * R)
-    scale = tl.load(scales_ptr + pair * count + safe).to(tl.float32)
+    scale = tl.load(scales_ptr + at + tokens).to(tl.float32)
     score = (score + bias[None, :]) * scale[:, None] + tl.load(factors)[None, :]
     lane = (task % row_blocks) * R + tl.arange(0, R)
-    into = out_ptr + (pair * rows + lane)[None, :] * count + tokens[:, None]
-    tl.store(into, score, mask=(lane < rows)[None, :] & (tokens < count)[:, None])
+    into = out_ptr + (pair * rows + lane)[None, :] * count + (tl.program_id(0) * BLOCK + tokens)[:, None]
+    tl.store(into, score, mask=(lane < rows)[None, :])
 
 
-def logits(query: Tensor, keys: Compressed, offset: Tensor | None, scaling: float, block: int = 128) -> Tensor:
+def logits(query: Tensor, keys: Compressed, offset: Tensor | None, scaling: float) -> Tensor:
     """scaling <q, k> for all compressed keys.
 
     Args:
@@ -73,7 +73,6 @@ def logits(query: Tensor, keys: Compressed, offset: Tensor | None, scaling: floa
         keys: C compressed tokens.
         offset: as in `Context`.
         scaling: what inner products are multiplied by.
-        block: tokens a program.
 
     Returns:
         (B, Hq, Tq, C) float32.
@@ -83,7 +82,8 @@ def logits(query: Tensor, keys: Compressed, offset: Tensor | None, scaling: floa
     ready = prepared(query, keys, offset, scaling)
     out = torch.empty((batch, query_heads, queries, count), dtype=torch.float32, device=query.device)
     if out.numel():
-        logits_kernel[(-(-count // block), batch * heads * ready.row_blocks)](
+        block = count // keys.packed.shape[2]
+        logits_kernel[(count // block, batch * heads * ready.row_blocks)](
             ready.digits,
             ready.factors,
             keys.packed,
@@ -97,7 +97,7 @@ def logits(query: Tensor, keys: Compressed, offset: Tensor | None, scaling: floa
             SLOTS=ready.digits.shape[2],
             BIASES=ready.factors.shape[1] - 1 - len(ready.cut.bands),
             BLOCK=block,
-            KEY_ROW=keys.packed.shape[3],
+            KEY_ROW=keys.packed.shape[3] // block,
             KEY_BANDS=ready.cut.bands,
             KEY_ASSEMBLIES=ready.cut.assemblies,
             REGISTERS=registers(band_keys(keys.bands)) if any(ready.cut.assemblies) else "",

@@ -15,9 +15,9 @@ class Compressed(NamedTuple):
     A token's vector is estimated as `scale * R^T levels`, plus the offset for keys.
 
     Attributes:
-        packed: uint8. Keys: (B, H, C, row bytes), a row for each token in the layout of `packing` along the head
-            dimension. Values: (B, H, C / block, bytes), for each block of tokens and each rotated coordinate a row of
-            the block's codes in the layout of `packing` along the tokens; coordinates in order.
+        packed: (B, H, C / block, bytes) uint8. Keys: a row for each token in the layout of `packing` along the head
+            dimension, the rows of a block by planes (`packing.by_planes`). Values: for each rotated coordinate a row of
+            the block's codes in the layout of `packing` along the tokens, the rows of a band by planes; bands in order.
         scales: (B, H, C) float16 or float32.
         bands: the rotated coordinates' tables in order, sizes summing to the head dimension D.
         rotation: (D, D) float32, R: the rotated vector of x is R x.

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from tqsearch.kernels.attention_layout import ODD as ODD_BYTES
 from tqsearch.kernels.decode_triton import decode
-from tqsearch.kernels.scan_kernels_triton import columns_of
 
 ODD = tl.constexpr(ODD_BYTES)
 
@@ -42,8 +41,8 @@ def fill_registers(REGISTERS: tl.constexpr, first_ptr, second_ptr):
 @triton.jit
 def _decode_words(
     base,
+    second,
     table_ptr,
-    PLANE: tl.constexpr,
     START: tl.constexpr,
     STEP: tl.constexpr,
     INNER: tl.constexpr,
@@ -51,12 +50,13 @@ def _decode_words(
 ):
     """3 bits by words: four parts of (rows, STEP), where `decode` makes eight half as wide.
 
-    base: (rows, 1) pointers to the band's rows. STEP: bytes of the 2-bit plane. INNER: see `attention_layout`.
+    base, second: (rows, 1) pointers to the rows of the 2-bit plane and of the 1-bit plane. STEP: bytes of the former.
+    INNER: see `attention_layout`.
     All inputs are loads, seen in other shapes: through anything else Triton carries no layout of the tensor cores.
     """
     columns = tl.arange(0, STEP)
     x = tl.load(base + START + columns[None, :])
-    y = tl.load(base + PLANE + START // 2 + tl.arange(0, STEP // 2)[None, :])
+    y = tl.load(second + START // 2 + tl.arange(0, STEP // 2)[None, :])
     ROWS: tl.constexpr = x.shape[0]
     FOURS: tl.constexpr = STEP // 8
     first, second = tl.split(tl.permute(tl.reshape(x, (ROWS, FOURS, 2, 4)), (0, 1, 3, 2)))
@@ -129,11 +129,31 @@ def _four_tokens(x):
 
 
 @triton.jit
+def _columns(base, second, columns, valid, WIDTH: tl.constexpr, WHOLE: tl.constexpr, EVEN_ROWS: tl.constexpr):
+    """The tiles x and y that `decode` takes, (rows, columns).
+
+    base, second: (rows, 1) pointers to the rows of the planes, the second of 3 bits alone.
+    """
+    if WIDTH == 3:
+        if WHOLE and EVEN_ROWS:
+            x = tl.load(base.to(tl.pointer_type(tl.uint16)) + columns[None, :])
+            y = tl.load(second + columns[None, :])
+        else:
+            low = tl.load(base + 2 * columns[None, :], mask=valid, other=0).to(tl.uint16)
+            high = tl.load(base + 2 * columns[None, :] + 1, mask=valid, other=0).to(tl.uint16)
+            x = low | (high << 8)
+            y = tl.load(second + columns[None, :], mask=valid, other=0)
+    else:
+        x = tl.load(base + columns[None, :]) if WHOLE else tl.load(base + columns[None, :], mask=valid, other=0)
+        y = x
+    return x, y
+
+
+@triton.jit
 def _key_groups(
     codes_ptr,
     tokens,
     table_ptr,
-    ROW: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
@@ -142,15 +162,17 @@ def _key_groups(
     FORM: tl.constexpr,
     START: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """A step's groups of decoded coordinates, each (tokens, depth)."""
+    base = codes_ptr + BYTE * BLOCK + tokens[:, None] * PLANE
+    second = codes_ptr + (BYTE + PLANE) * BLOCK + tokens[:, None] * ((PLANE + 1) // 2)
     if FORM == 2:
-        return _decode_words(codes_ptr + BYTE + tokens[:, None] * ROW, table_ptr, PLANE, START, STEP, False, ASSEMBLY)
+        return _decode_words(base, second, table_ptr, START, STEP, False, ASSEMBLY)
     else:
         columns = START + tl.arange(0, STEP)
-        EVEN_ROWS: tl.constexpr = ROW % 2 == 0 and BYTE % 2 == 0
         valid = (columns < COLUMNS)[None, :]
-        x, y = columns_of(codes_ptr, tokens, ROW, columns, valid, WIDTH, BYTE, PLANE, FORM == 1, EVEN_ROWS)
+        x, y = _columns(base, second, columns, valid, WIDTH, FORM == 1, PLANE % 2 == 0)
         return _side_by_side(decode(x, y, table_ptr, WIDTH, ASSEMBLY), STEP, 32)
 
 
@@ -164,26 +186,28 @@ def _value_groups(
     COLUMNS: tl.constexpr,
     BYTE: tl.constexpr,
     PLANE: tl.constexpr,
+    SIZE: tl.constexpr,
     FORM: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """A block of decoded values, (coordinates, tokens)."""
+    base = codes_ptr + BYTE + rows[:, None] * PLANE
+    second = codes_ptr + BYTE + SIZE * PLANE + rows[:, None] * (ROW - PLANE)
     if FORM == 2:
-        parts = _decode_words(codes_ptr + BYTE + rows[:, None] * ROW, table_ptr, PLANE, 0, COLUMNS, True, ASSEMBLY)
+        parts = _decode_words(base, second, table_ptr, 0, COLUMNS, True, ASSEMBLY)
     else:
         columns = tl.arange(0, COLUMNS)
-        x, y = columns_of(codes_ptr, rows, ROW, columns, (columns < COLUMNS)[None, :], WIDTH, BYTE, PLANE, True, True)
+        x, y = _columns(base, second, columns, (columns < COLUMNS)[None, :], WIDTH, True, True)
         parts = decode(x, y, table_ptr, WIDTH, ASSEMBLY)
     return _side_by_side(parts, COLUMNS, 4096)[0]
 
 
 @triton.jit
 def key_products(
-    codes_ptr,  # of the block's first row
-    tokens,  # (BLOCK,) int32
+    codes_ptr,  # of the block
+    tokens,  # (BLOCK,) int32, the order of the rows
     queries_ptr,  # (COLUMNS_N, SLOTS) int8
     table_ptr,
-    ROW: tl.constexpr,
     SLOTS: tl.constexpr,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -201,7 +225,7 @@ def key_products(
     acc = tl.zeros((BLOCK, N), tl.int32)
     for start in tl.static_range(0, COLUMNS, STEP):
         groups = _key_groups(
-            codes_ptr, tokens, table_ptr, ROW, WIDTH, COLUMNS, STEP, BYTE, PLANE, FORM, start, ASSEMBLY
+            codes_ptr, tokens, table_ptr, WIDTH, COLUMNS, STEP, BYTE, PLANE, FORM, start, ASSEMBLY, BLOCK
         )
         for g in tl.static_range(len(groups)):
             slots = SLOT + start * FIELDS + g * groups[g].shape[1] + tl.arange(0, groups[g].shape[1])
@@ -231,7 +255,7 @@ def value_products(
     rows = tl.arange(0, ROWS)
     if ROWS != SIZE:
         rows = tl.minimum(rows, SIZE - 1)
-    decoded = _value_groups(codes_ptr, rows, table_ptr, ROW, WIDTH, COLUMNS, BYTE, PLANE, FORM, ASSEMBLY)
+    decoded = _value_groups(codes_ptr, rows, table_ptr, ROW, WIDTH, COLUMNS, BYTE, PLANE, SIZE, FORM, ASSEMBLY)
     # Triton 3.6 fails to compile a matrix product of a reshaped operand; the casts keep the two apart.
     weights = tl.reshape(weights, (BLOCK, N)).to(tl.int16).to(tl.int8)
     return tl.dot(decoded, weights, out_dtype=tl.int32)

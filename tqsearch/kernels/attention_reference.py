@@ -13,11 +13,15 @@ from torch import Tensor
 from tqsearch.kernels.attention_operands import Compressed, Context
 from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.reference import decode
+from tqsearch.packing import by_rows
 
 
 def decoded_keys(keys: Compressed, offset: Tensor | None) -> Tensor:
     """The estimates of compressed keys: (B, H, C, D) float32."""
-    levels = decode(keys.packed.flatten(0, 2), keys.bands).view(*keys.scales.shape, len(keys.rotation))
+    blocks = keys.packed.flatten(0, 2)
+    pairs = [(band.size, band.width) for band in keys.bands]
+    rows = by_rows(blocks, pairs, keys.scales.numel() // max(len(blocks), 1)).flatten(0, 1)
+    levels = decode(rows, keys.bands).view(*keys.scales.shape, len(keys.rotation))
     estimate = (levels * keys.scales.float()[..., None]) @ keys.rotation
     return estimate if offset is None else estimate + offset[:, None]
 
@@ -31,7 +35,8 @@ def decoded_values(values: Compressed) -> Tensor:
     for band in values.bands:
         row = block_row(band, block)
         size = band.size * row.nbytes
-        rows = values.packed[..., byte : byte + size].reshape(batch * heads * blocks * band.size, row.nbytes)
+        whole = values.packed[..., byte : byte + size].reshape(batch * heads * blocks, size)
+        rows = by_rows(whole, [(block, band.width)], band.size).flatten(0, 1)
         columns.append(decode(rows, (row,)).view(batch, heads, blocks, band.size, block))
         byte += size
     levels = torch.cat(columns, dim=3).transpose(3, 4).reshape(batch, heads, count, len(values.rotation))

@@ -147,7 +147,7 @@ def _dense_run(
 )
 def split_kernel(
     query_ptr,  # (B, Hq, Tq, DK)
-    keys_ptr,  # (B, H, C, KEY_ROW) uint8
+    keys_ptr,  # (B, H, C / BLOCK, BLOCK KEY_ROW) uint8
     key_scales_ptr,  # (B, H, C)
     values_ptr,  # (B, H, C / BLOCK, VALUE_BYTES) uint8
     value_scales_ptr,  # (B, H, C)
@@ -308,17 +308,17 @@ def split_kernel(
             value_scale = tl.maximum(tl.reshape(value_scale, (BLOCK,)).to(tl.float32), 1e-30)
             inverse_scale = _reciprocal(value_scale, ASSEMBLED)
             value_scale = _log2(value_scale, ASSEMBLED)
-            score = tl.zeros((BLOCK, R), tl.float32)
+            score = tl.broadcast_to(bias[None, :], (BLOCK, R))
             for b in tl.static_range(COUNT):
                 # fmt: off
                 products = key_products(
                     keys_ptr + at * KEY_ROW, tokens, digits_ptr + task.to(tl.int64) * (N * SLOTS),
-                    key_tables_ptr + b * 256, KEY_ROW, SLOTS, N, KEY_BANDS[b][0], KEY_BANDS[b][1], KEY_BANDS[b][2],
+                    key_tables_ptr + b * 256, SLOTS, N, KEY_BANDS[b][0], KEY_BANDS[b][1], KEY_BANDS[b][2],
                     KEY_BANDS[b][3], KEY_BANDS[b][4], KEY_BANDS[b][5], KEY_BANDS[b][7],
                     tl.constexpr(KEY_ASSEMBLIES[b]), BLOCK)
                 # fmt: on
                 score += digits_joined(products) * tl.load(factors + (1 + b) * R)[None, :]
-            score = _capped((score + bias[None, :]) * key_scale[:, None] + constant[None, :], cap, SOFTCAP)
+            score = _capped(score * key_scale[:, None] + constant[None, :], cap, SOFTCAP)
             position = (sinks + block * BLOCK + tokens)[:, None]
             mask_row = (lane % queries)[None, :] * mask_t
             score = _allowed(score, position, place[None, :], mask_rows, mask_row, mask_k, MASK, CAUSAL, window)

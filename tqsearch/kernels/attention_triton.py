@@ -187,7 +187,7 @@ def attention(
             "SLOTS": digits.shape[2],
             "BIASES": digits.shape[2] // _CHUNK,
             "BLOCK": block,
-            "KEY_ROW": keys.packed.shape[3],
+            "KEY_ROW": keys.packed.shape[3] // block,
             "VALUE_BYTES": values.packed.shape[3],
             "KEY_BANDS": key_cut.bands,
             "KEY_ASSEMBLIES": key_cut.assemblies,

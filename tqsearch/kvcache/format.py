@@ -16,8 +16,9 @@ A file is a safetensors container. Its metadata are strings:
 
 A compressed layer n has the tensors `n.keys.sinks`, `n.keys.recent` and, if tokens are compressed, `n.keys.packed`,
 `n.keys.scales`, `n.keys.offset` and, with outlier channels, `n.keys.order` and `n.keys.gain`, and the first four of
-`values`: see `store`. An attribute of a layer in `state` is [kind, content]: ["value", a JSON value], ["tensor", its
-name], ["dtype", torch's name], ["device", null] or ["dict", [[key, attribute], ...]].
+`values`: see `store`; but in `packed` the planes of a row follow each other: (B, H, C, row bytes) for keys, a row of a
+block's codes for each coordinate for values. An attribute of a layer in `state` is [kind, content]: ["value", a
+JSON value], ["tensor", its name], ["dtype", torch's name], ["device", null] or ["dict", [[key, attribute], ...]].
 
 Codes follow from the widths, the codec, the seed and the shapes alone. A change that alters them needs a new version.
 """

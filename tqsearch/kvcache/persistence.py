@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,10 @@ def save(cache: TurboQuantCache, path: str | os.PathLike[str]) -> None:
         attributes = dict(vars(layer))
         if isinstance(layer, TurboQuantLayer):
             for side, history in zip(("keys", "values"), attributes.pop("past") or (), strict=False):
-                tensors.update({f"{index}.{side}.{name}": part for name, part in history.tensors().items()})
+                parts = history.tensors()
+                if "packed" in parts and history.codec is not None:
+                    parts["packed"] = history.codec.filed(parts["packed"])
+                tensors.update({f"{index}.{side}.{name}": part for name, part in parts.items()})
             entry["bits"] = [_width_out(width) for width in attributes.pop("settings").bits]
             del attributes["_fetched"]  # nothing waits in a file
         entry["state"] = format.attributes_out(str(index), attributes, tensors)
@@ -109,20 +113,22 @@ def _restore(path: Any, layer: TurboQuantLayer, keys: dict[str, Tensor], values:
         if "packed" in parts:
             names = ("packed", "scales", "offset", "order", "gain")
             compressed = CompressedStates(**{name: parts[name] for name in names if name in parts})
-            _check(path, history, compressed)
+            compressed = _unfiled(path, history, compressed)
         past.append(History(parts["sinks"], compressed, parts["recent"], history.codec))
     layer.past = past[0], past[1]
 
 
-def _check(path: Any, history: History, compressed: CompressedStates) -> None:
-    """That the shapes of compressed tokens are what their codec reads."""
+def _unfiled(path: Any, history: History, compressed: CompressedStates) -> CompressedStates:
+    """Compressed tokens as a codec reads them, their shapes checked."""
     scales = compressed.scales
     heads = history.sinks.shape[:2]
-    wanted = None if history.codec is None else history.codec.packed_shape(heads[0], heads[1], scales.shape[-1])
-    if scales.shape[:-1] != heads or tuple(compressed.packed.shape) != wanted:
+    codec = history.codec
+    wanted = None if codec is None else codec.filed_shape(heads[0], heads[1], scales.shape[-1])
+    if codec is None or scales.shape[:-1] != heads or tuple(compressed.packed.shape) != wanted:
         raise CorruptFileError(
             f"{path} is not consistent: codes of shape {tuple(compressed.packed.shape)}, where {wanted} is read"
         )
+    return replace(compressed, packed=codec.unfiled(compressed.packed))
 
 
 def _width_out(width: Width) -> Any:

@@ -10,17 +10,20 @@ That is `TurboQuantizer` in its mse form. Its levels are the optimal ones of a c
 trellis along D, and s makes inner products with x_hat unbiased.
 
 ================ ================================== ==================================================================
-keys `packed`    (B, H, C, row bytes) uint8         a token's codes in the layout of `tqsearch.packing`, along D; of
-                                                    a trellis in that of `trellis.pack`
-values `packed`  (B, H, C / block, D bytes) uint8   a block's codes, each coordinate a row of `block_length` codes
-                                                    along the **tokens**, in the layout of `packing` for its width;
-                                                    coordinates in order; of a trellis as keys
+keys `packed`    (B, H, C / block, bytes) uint8     each token a row of codes along D in the layout of
+                                                    `tqsearch.packing`, the rows of a block by planes; of a trellis
+                                                    (B, H, C, row bytes) in the layout of `trellis.pack`
+values `packed`  (B, H, C / block, bytes) uint8     each coordinate a row of a block's codes along the **tokens**, in
+                                                    the layout of `packing` for its width, the rows of a band by planes;
+                                                    bands in order; of a trellis as keys
 `scales`         (B, H, C) float16                  s; float32 for the whole tensor where float16 cannot hold them
 keys `offset`    (H, D) float32                     the same for all tokens of a layer
 keys `order`     (H, D) int16                       with outlier channels only: see `outliers`
 keys `gain`      (H, D) float32                     with outlier channels only: see `outliers`
 ================ ================================== ==================================================================
 
+By planes: first the low plane of all rows, then the next (`packing.by_planes`), so that what a kernel reads of a plane
+is contiguous; codes of 1, 2, 4 and 8 bits alone have one plane, and their rows are simply one after the other.
 Values lie along the tokens so that a decoded tile is already transposed for probabilities times values. A trellis runs
 along D for values too: no kernel reads its codes, and decoding takes whole rows.
 Tensors are never changed in place, so that any number of caches may share them.
@@ -40,7 +43,7 @@ from tqsearch import codec as codecs
 from tqsearch import kernels
 from tqsearch.codec import Codec
 from tqsearch.kernels import BandTable
-from tqsearch.packing import pack, unpack
+from tqsearch.packing import by_planes, by_rows, pack, unpack
 from tqsearch.plan import BitPlan
 from tqsearch.quantizer import TurboQuantizer
 
@@ -138,8 +141,20 @@ class StateCodec:
         return f"{type(self).__name__}({self.plan})"
 
     def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
-        """The shape of `packed` for `length` tokens: here (B, H, C, row bytes)."""
+        """The shape of `packed` for `length` tokens."""
+        return self.filed_shape(batch, heads, length)
+
+    def filed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
+        """The shape of `packed` in a file: here (B, H, C, row bytes)."""
         return batch, heads, length, self.quantizer.row_bytes
+
+    def filed(self, packed: Tensor) -> Tensor:
+        """`packed` as files hold it: the planes of each row together."""
+        return packed
+
+    def unfiled(self, packed: Tensor) -> Tensor:
+        """The inverse of `filed`."""
+        return packed
 
     def scales(self, encoded: kernels.Encoded) -> Tensor:
         """What the levels of each row are multiplied by, float32."""
@@ -239,7 +254,36 @@ class StateCodec:
 
 
 class KeyCodec(StateCodec):
-    """Keys: a constant is taken off."""
+    """Keys: a constant is taken off. Scalar codes lie by planes."""
+
+    def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
+        """See `StateCodec`; of scalar codes (B, H, C / block, bytes)."""
+        if self.quantizer.codec != "scalar":
+            return super().packed_shape(batch, heads, length)
+        return batch, heads, length // self.block_length, self.block_length * self.quantizer.row_bytes
+
+    def pack(self, rows: Tensor, blocks: tuple[int, int, int]) -> Tensor:
+        """See `StateCodec`."""
+        return self.unfiled(super().pack(rows, blocks))
+
+    def levels(self, packed: Tensor) -> Tensor:
+        """See `StateCodec`."""
+        return super().levels(self.filed(packed))
+
+    def filed(self, packed: Tensor) -> Tensor:
+        """See `StateCodec`."""
+        if self.quantizer.codec != "scalar":
+            return packed
+        rows = by_rows(packed.flatten(0, 2), self.plan.pairs(), self.block_length)
+        return rows.view(*packed.shape[:2], packed.shape[2] * self.block_length, self.quantizer.row_bytes)
+
+    def unfiled(self, packed: Tensor) -> Tensor:
+        """See `StateCodec`."""
+        if self.quantizer.codec != "scalar":
+            return packed
+        batch, heads, length, nbytes = packed.shape
+        blocks = packed.reshape(-1, self.block_length, nbytes)
+        return by_planes(blocks, self.plan.pairs()).view(self.packed_shape(batch, heads, length))
 
     def estimate(self, states: Tensor) -> dict[str, Tensor]:
         """The offset of keys (B, H, T, D): their mean over batch and tokens; keys that are not finite count as none."""
@@ -264,7 +308,7 @@ class KeyCodec(StateCodec):
 class ValueCodec(StateCodec):
     """Values of scalar levels: each coordinate's codes lie together, along the tokens of a block."""
 
-    def packed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
+    def filed_shape(self, batch: int, heads: int, length: int) -> tuple[int, int, int, int]:
         """(B, H, C / block, bytes of a block)."""
         bits = sum(band.size * band.width for band in self.plan.bands)
         return batch, heads, length // self.block_length, bits * self.block_length // 8
@@ -280,11 +324,32 @@ class ValueCodec(StateCodec):
             parts.append(packed.view(count, band.size * packed.shape[1]))
             coordinate += band.size
         whole = torch.cat(parts, dim=1)
-        return whole.view(*blocks, whole.shape[1])
+        return self.unfiled(whole.view(*blocks, whole.shape[1]))
+
+    def filed(self, packed: Tensor) -> Tensor:
+        """See `StateCodec`."""
+        parts = (by_rows(part, row, size) for part, row, size in self._bands(packed))
+        return torch.cat([part.flatten(1) for part in parts], dim=1).view(packed.shape)
+
+    def unfiled(self, packed: Tensor) -> Tensor:
+        """See `StateCodec`."""
+        parts = [
+            by_planes(part.view(len(part), size, part.shape[1] // size), row) for part, row, size in self._bands(packed)
+        ]
+        return torch.cat(parts, dim=1).view(packed.shape)
+
+    def _bands(self, packed: Tensor) -> Iterator[tuple[Tensor, list[tuple[int, int]], int]]:
+        """The bytes of each band that has bits, (n, bytes); a coordinate's row as a band of tokens; the band's size."""
+        blocks, byte = packed.flatten(0, 2), 0
+        for band in self.plan.bands:
+            if band.width:
+                nbytes = band.size * self.block_length * band.width // 8
+                yield blocks[:, byte : byte + nbytes], [(self.block_length, band.width)], band.size
+                byte += nbytes
 
     def levels(self, packed: Tensor) -> Tensor:
         """(B, H, C / block, D bytes) to (B H C, D) float32."""
-        blocks = packed.reshape(-1, packed.shape[3])
+        blocks = self.filed(packed).flatten(0, 2)
         parts, byte = [], 0
         for table in self.quantizer.tables(packed.device):
             along: BandTable = table._replace(size=self.block_length)
