@@ -2,12 +2,13 @@
 
 A model of Llama-3.1-8B's shape with random weights, bfloat16. Caches are filled with random states, layer by layer, so
 that no prompt has to be read; time does not depend on them. Then `generate` goes on for some tokens, greedily. A step
-is the time between two tokens, as a stopping criterion sees it once the device is done; the median counts. The dense
-cache is the library's `DynamicCache` with its "sdpa" attention; ours is `TurboQuantCache` with attention "turboquant".
-The dense one is timed with torch's choice of a backend at the smallest size, and without cuDNN everywhere; ours is
-compared with the faster. An append is the compression of a block, which comes once in so many tokens.
-Beside it stands how long the device works in a step, by the profiler: the rest of the step it waits for the host,
-which launches a model's many small operations one by one.
+is the time between two tokens, as a stopping criterion sees it once the device is done. The dense cache is the
+library's `DynamicCache` with its "sdpa" attention, timed with torch's choice of a backend and without cuDNN, the median
+of some steps; ours is compared with the faster. Ours is `TurboQuantCache` in a model that `compress` was called for,
+whose steps are recorded and replayed: the mean over as many steps as a block has tokens, so that compressing a block
+and recording anew are in it, and the median beside it. "Step by step" is without replay, the median.
+Beside it stands how long the device works in a step, by the profiler, not replayed: the rest of the step it waits for
+the host, which launches a model's many small operations one by one. An append is the compression of a block.
 
 Memory is the allocator's: the most that was allocated while generating, weights and caches included.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,21 +32,23 @@ from transformers.cache_utils import DynamicCache
 
 from benchmarks.environment import environment
 from benchmarks.kvcache.speed import now
-from benchmarks.search import RESULTS
-from tqsearch.kvcache import TurboQuantCache
+from benchmarks.result_file import KERNEL_RESULTS, write
+from tqsearch.kvcache import TurboQuantCache, compress
 
-CONTEXTS = (8192, 32768, 131072)
+CONTEXTS = (1024, 2048, 8192, 32768, 131072)
 BATCHES = (1, 8)
+LARGE = 8192  # the context from which on batches that just fit are measured, and at which rivals and variants are
 BLOCK = 128  # tokens, the default of our cache
-STEPS, WARM = 10, 2
+STEPS, WARM = 10, 3
 ROOM = 64  # tokens of a context left for warm-up and steps
 FILL = 8192  # tokens filled at a time
 SPARE = 5e9  # bytes left for logits, activations and one layer's second copy
 DENSE = "DynamicCache"
 NO_CUDNN = ", no cuDNN"
 OFFLOADED = ", offloaded"
+SINGLE = ", step by step"
+TRELLIS = ", trellis"
 QUANTO = "QuantizedCache, quanto, 4 bits"
-QUANTO_LONGEST = 32768  # its step decodes the whole cache: longer contexts take long and show no more
 DEVICE = "cuda"
 COLUMNS = (
     "context",
@@ -62,7 +64,7 @@ COLUMNS = (
 )
 
 
-def model_of(layers: int) -> LlamaForCausalLM:
+def model_of(layers: int) -> Any:
     """Llama-3.1-8B's shape."""
     config = LlamaConfig(
         vocab_size=128256,
@@ -81,7 +83,8 @@ def model_of(layers: int) -> LlamaForCausalLM:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(DEVICE):
-            return LlamaForCausalLM(config).eval()
+            model: Any = LlamaForCausalLM(config)
+            return model.eval()
     finally:
         torch.set_default_dtype(default)
 
@@ -99,11 +102,12 @@ class Clock(StoppingCriteria):
 
 
 @torch.no_grad()
-def compressed_cache(config: LlamaConfig, bits: int, batch: int, tokens: int, offloading: bool) -> TurboQuantCache:
+def compressed_cache(config: Any, batch: int, tokens: int, **options: Any) -> TurboQuantCache:
     """Random keys and values, compressed once and copied to every layer."""
-    cache = TurboQuantCache(config, bits=bits, offloading=offloading)
+    cache = TurboQuantCache(config, **options)
     heads, dim = config.num_key_value_heads, config.head_dim
-    first, *others = cache.layers
+    layers: list[Any] = cache.layers
+    first, *others = layers
     for start in range(0, tokens, FILL):
         shape = (batch, heads, min(FILL, tokens - start), dim)
         first.update(*(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)))
@@ -119,15 +123,16 @@ def compressed_cache(config: LlamaConfig, bits: int, batch: int, tokens: int, of
             )
             for history in first.past
         )
-        if offloading:
+        if cache.offloading:
             layer.offload()
     return cache
 
 
-def dense_cache(config: LlamaConfig, batch: int, tokens: int, offloading: bool) -> DynamicCache:
+def dense_cache(config: Any, batch: int, tokens: int, offloading: bool) -> DynamicCache:
     """The library's, filled with random keys and values."""
     cache = DynamicCache(config=config, offloading=offloading)
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
+    layer: Any
     for layer in cache.layers:
         none = torch.empty((batch, shape[1], 0, shape[3]), device=DEVICE, dtype=torch.bfloat16)
         layer.update(none, none)
@@ -138,11 +143,11 @@ def dense_cache(config: LlamaConfig, batch: int, tokens: int, offloading: bool) 
 
 
 @torch.no_grad()
-def quanto_cache(config: LlamaConfig, batch: int, tokens: int) -> Any:
+def quanto_cache(config: Any, batch: int, tokens: int) -> Any:
     """The library's quantized cache, filled with random keys and values."""
     from transformers import QuantizedCache
 
-    cache = QuantizedCache("quanto", config, nbits=4)
+    cache: Any = QuantizedCache("quanto", config, nbits=4)
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     for layer in range(config.num_hidden_layers):
         cache.update(*(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)), layer)
@@ -150,8 +155,9 @@ def quanto_cache(config: LlamaConfig, batch: int, tokens: int) -> Any:
 
 
 @torch.inference_mode()
-def measured(model: LlamaForCausalLM, make: Callable[[], Any], batch: int, context: int) -> dict[str, Any]:
+def measured(model: Any, make: Callable[[], Any], batch: int, context: int, replayed: bool) -> dict[str, Any]:
     """One cache at one batch and context."""
+    steps = BLOCK if replayed else STEPS
     gc.collect()
     torch.cuda.empty_cache()
     cache = make()
@@ -163,12 +169,14 @@ def measured(model: LlamaForCausalLM, make: Callable[[], Any], batch: int, conte
         tokens,
         attention_mask=torch.ones_like(tokens),
         past_key_values=cache,
-        max_new_tokens=WARM + STEPS + 1,
+        max_new_tokens=WARM + steps + 1,
         do_sample=False,
+        disable_compile=not replayed,
         stopping_criteria=StoppingCriteriaList([clock]),
     )
     intervals = [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)][WARM:]
-    step = sorted(intervals)[len(intervals) // 2]
+    median = sorted(intervals)[len(intervals) // 2]
+    step = sum(intervals) / len(intervals) if replayed else median
     held = torch.cuda.memory_allocated() - sum(part.nbytes for part in model.parameters())
     peak = torch.cuda.max_memory_allocated()
     return {
@@ -176,6 +184,7 @@ def measured(model: LlamaForCausalLM, make: Callable[[], Any], batch: int, conte
         "context": context,
         "tokens_per_second": round(batch / step, 1),
         "step_ms": round(step * 1e3, 3),
+        "median_step_ms": round(median * 1e3, 3),
         "slowest_step_ms": round(max(intervals) * 1e3, 3),
         "busy_ms": busy(model, cache, batch),
         "append_ms": append_time(cache) if isinstance(cache, TurboQuantCache) and not cache.offloading else None,
@@ -185,7 +194,7 @@ def measured(model: LlamaForCausalLM, make: Callable[[], Any], batch: int, conte
     }
 
 
-def busy(model: LlamaForCausalLM, cache: Any, batch: int, steps: int = 1) -> float:
+def busy(model: Any, cache: Any, batch: int, steps: int = 1) -> float:
     """Milliseconds of a step in which the device works: the sum over its kernels and copies, by the profiler."""
     token = torch.zeros((batch, 1), dtype=torch.int64, device=DEVICE)
     model(token, past_key_values=cache, logits_to_keep=1)
@@ -194,7 +203,7 @@ def busy(model: LlamaForCausalLM, cache: Any, batch: int, steps: int = 1) -> flo
         for _ in range(steps):
             model(token, past_key_values=cache, logits_to_keep=1)
         torch.cuda.synchronize()
-    total = sum(event.self_device_time_total for event in seen.key_averages())
+    total = float(sum(event.self_device_time_total for event in seen.key_averages()))
     return round(total / steps / 1000, 3)
 
 
@@ -224,16 +233,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--largest", action=argparse.BooleanOptionalAction, default=True, help="batches that just fit")
     parser.add_argument("--quanto", action="store_true", help="the library's quantized cache too")
     parser.add_argument("--offloading", action="store_true", help="caches that wait on the CPU, at the smallest size")
+    parser.add_argument("--trellis", action="store_true", help="trellis codes too, at the largest of the batches")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "kernels", help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, default=KERNEL_RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks kvcache --speed needs a CUDA GPU, and torch sees none")
         return 1
     torch.manual_seed(options.seed)
     model = model_of(options.layers)
-    config = model.config
+    config: Any = model.config
     torch.cuda.empty_cache()
     room = torch.cuda.mem_get_info()[0] - SPARE
     dense_token = 4 * options.layers * config.num_key_value_heads * config.head_dim
@@ -254,29 +264,38 @@ def main(arguments: list[str]) -> int:
             return dense_cache(config, batch, tokens, offloading)
         if name == QUANTO:
             return quanto_cache(config, batch, tokens)
-        return compressed_cache(config, options.bits, batch, tokens, offloading)
+        return compressed_cache(config, batch, tokens, offloading=offloading, **kind_of(name))
+
+    def kind_of(name: str) -> dict[str, Any]:
+        return {"bits": options.bits, "codec": "trellis" if name.endswith(TRELLIS) else "scalar"}
 
     for context in options.contexts:
         batches = list(options.batches)
-        if options.largest:
+        if options.largest and context >= LARGE:
             fits = [int(room / (context * each * (1 + 2 / options.layers))) for each in (dense_token, ours_token)]
             batches += [batch for batch in fits if batch not in batches]
         baseline: dict[tuple[int, bool], dict[str, Any]] = {}
         for batch in batches:
-            contestants = [(DENSE + NO_CUDNN, dense_token, "sdpa"), (ours, ours_token, "turboquant")]
-            if context == min(options.contexts) and batch in options.batches:
-                contestants.insert(0, (DENSE, dense_token, "sdpa"))
-            if options.quanto and context <= QUANTO_LONGEST and batch in options.batches:
-                contestants.append((QUANTO, ours_token, "sdpa"))
-            if options.offloading and context == min(options.contexts) and batch == min(options.batches):
-                contestants += [(DENSE + OFFLOADED, dense_token, "sdpa"), (ours + OFFLOADED, ours_token, "turboquant")]
-            for name, each, implementation in contestants:
+            contestants = [(DENSE + NO_CUDNN, dense_token), (ours, ours_token)]
+            if batch in options.batches:
+                contestants = [(DENSE, dense_token), *contestants, (ours + SINGLE, ours_token)]
+            if options.quanto and context == LARGE and batch in options.batches:
+                contestants.append((QUANTO, ours_token))
+            if options.trellis and context == LARGE and batch == max(options.batches):
+                contestants.append((ours + TRELLIS, ours_token))
+            if options.offloading and context == LARGE and batch == min(options.batches):
+                contestants += [(DENSE + OFFLOADED, dense_token), (ours + OFFLOADED, ours_token)]
+            for name, each in contestants:
                 if context * batch * each > room:
                     continue
-                model.set_attn_implementation(implementation)
+                compress(model, None)
+                if name.startswith(ours):
+                    compress(model, **kind_of(name))
                 torch.backends.cuda.enable_cudnn_sdp(not name.endswith(NO_CUDNN))
                 try:
-                    run = measured(model, partial(make, name, batch, context - ROOM), batch, context)
+                    run = measured(
+                        model, partial(make, name, batch, context - ROOM), batch, context, replayed=name == ours
+                    )
                 except torch.cuda.OutOfMemoryError:
                     print(f"{name}: {batch} x {context} does not fit", flush=True)
                     continue
@@ -287,8 +306,7 @@ def main(arguments: list[str]) -> int:
                 result["runs"].append({"cache": name, **run})
                 result["rows"] = sorted([*result["rows"], row], key=lambda row: row[:2])
                 print(*row, run["slowest_step_ms"], sep="\t", flush=True)
-                options.out.mkdir(parents=True, exist_ok=True)
-                (options.out / "whole-model.json").write_text(json.dumps(result, indent=1) + "\n")
+                write(options.out / "whole-model.json", result)
     return 0
 
 

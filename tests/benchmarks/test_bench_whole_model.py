@@ -28,7 +28,7 @@ def test_both_caches_hold_every_token(config):
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     dense = whole_model.dense_cache(config, 2, 500, False)
-    ours = whole_model.compressed_cache(config, 4, 2, 500, False)
+    ours = whole_model.compressed_cache(config, 2, 500, bits=4)
     for cache in (dense, ours):
         assert [layer.get_seq_length() for layer in cache.layers] == [500] * 3
         assert torch.isfinite(model(torch.zeros((2, 1), dtype=torch.int64), past_key_values=cache).logits).all()

@@ -22,6 +22,7 @@ from tqsearch.kernels.attention_operands import Compressed, Context
 from tqsearch.kernels.attention_split_triton import split_kernel
 from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.launch import Launcher, variant
+from tqsearch.kernels.replay import kept
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2_E = math.log2(math.e)
@@ -251,7 +252,7 @@ def _key_cut(bands: tuple[BandTable, ...], assembled: bool, device: torch.device
         if len(_key_cuts) >= 64:
             _key_cuts.clear()
         _key_cuts[key] = (bands, key_layout(band_keys(bands), assembled, device))  # held, so that their id stays theirs
-    return _key_cuts[key][1]
+    return kept(_key_cuts[key][1])
 
 
 def _value_cut(bands: tuple[BandTable, ...], block: int, assembled: bool, device: torch.device) -> ValueLayout:
@@ -261,7 +262,7 @@ def _value_cut(bands: tuple[BandTable, ...], block: int, assembled: bool, device
         if len(_value_cuts) >= 64:
             _value_cuts.clear()
         _value_cuts[key] = (bands, value_layout(band_keys(bands), block, assembled, device))
-    return _value_cuts[key][1]
+    return kept(_value_cuts[key][1])
 
 
 _rotations: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -270,11 +271,11 @@ _rotations: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 def _slot_rotation(rotation: Tensor, slots: Tensor) -> Tensor:
     """The rotation's rows in the order of the slots, and a zero row where there is none; kept for both tensors."""
     key = (id(rotation), id(slots), slots.device)
-    kept = _rotations.get(key)
-    if kept is None or kept[0] is not rotation:
+    found = _rotations.get(key)
+    if found is None or found[0] is not rotation:
         padded = torch.cat([rotation, rotation.new_zeros((1, rotation.shape[1]))])
-        kept = (rotation, padded[slots].contiguous())
+        found = (rotation, padded[slots].contiguous())
         if len(_rotations) >= 64:
             _rotations.clear()
-        _rotations[key] = kept
-    return kept[1]
+        _rotations[key] = found
+    return kept(found[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,41 @@ def kept(value: T) -> T:
     if values is not None:
         values.append(value)
     return value
+
+
+def record(call: Callable[[], T], device: torch.device, pool: Any) -> tuple[T, torch.cuda.CUDAGraph, list[object]]:
+    """Records what a call does on a GPU.
+
+    Args:
+        call: does nothing that the host has to wait for, and was run before: what is made on first use exists.
+        device: the GPU.
+        pool: of memory, from `torch.cuda.graph_pool_handle`.
+
+    Returns:
+        What the call returned, whose tensors are filled at each replay; the graph; and what it reads, to be held as
+        long as the graph.
+    """
+    with _capturing:
+        if device not in _capture_streams:
+            _capture_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = _capture_streams[device]
+        graph = torch.cuda.CUDAGraph()
+        read: list[object] = []
+        _recording.kept = read
+        try:
+            with torch.cuda.stream(stream):
+                # Not `torch.cuda.graph`, which waits for the device and empties the allocator's cache first.
+                graph.capture_begin(pool, "thread_local")
+                try:
+                    out = call()
+                except BaseException:
+                    with suppress(RuntimeError):  # the same again: what failed has spoilt the recording
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            return out, graph, read
+        finally:
+            _recording.kept = None
 
 
 class Replayed:
@@ -114,27 +150,7 @@ class _Recording:
         with torch.inference_mode(False), torch.no_grad():
             self._rows = torch.zeros((count, dim), dtype=rows.dtype, device=rows.device)
             function(self._rows, *settings)  # what is made on first use, compiled kernels and tables, is made here
-            self._graph = torch.cuda.CUDAGraph()
-            with _capturing:
-                self._outputs, self._kept = self._captured(function, settings, pool)
-
-    def _captured(
-        self, function: Callable[..., Outputs], settings: list[Hashable], pool: Any
-    ) -> tuple[Outputs, list[object]]:
-        device = self._rows.device
-        if device not in _capture_streams:
-            _capture_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        _recording.kept = []
-        try:
-            with torch.cuda.stream(_capture_streams[device]):
-                self._graph.capture_begin(pool, "thread_local")
-                try:
-                    outputs = function(self._rows, *settings)
-                finally:
-                    self._graph.capture_end()
-            return outputs, _recording.kept
-        finally:
-            _recording.kept = None
+            self._outputs, self._graph, self._kept = record(lambda: function(self._rows, *settings), rows.device, pool)
 
     def replay(self, rows: Tensor) -> Outputs:
         """The outputs for such rows, or fewer."""

@@ -27,6 +27,7 @@ from tqsearch.kernels import Compressed, Context, Dense
 from tqsearch.kvcache import tiles
 from tqsearch.kvcache.history import History
 from tqsearch.kvcache.store import KeyCodec, ValueCodec
+from tqsearch.kvcache.window import Counter, NotReplayable
 
 NAME = "turboquant"
 # Up to so many queries plain torch decodes the layer at once, as its reference does; for more, tile by tile.
@@ -37,11 +38,15 @@ _warned: set[str] = set()
 
 
 class Past(NamedTuple):
-    """The histories of one layer at one step, new tokens included."""
+    """The histories of one layer at one step, new tokens included.
+
+    With a counter their recent tokens are buffers, of which only so many are there yet.
+    """
 
     keys: History
     values: History
     backend: str
+    counter: Counter | None = None
 
 
 class CompressedTensor(torch.Tensor):
@@ -74,6 +79,8 @@ class CompressedTensor(torch.Tensor):
 
     def decoded(self) -> Tensor:
         """The states themselves, (B, H, T, D)."""
+        if self.past.counter is not None:
+            raise NotReplayable("the model uses keys or values other than by attention")
         if self._decoded is None:
             self._decoded = (self.past.keys if self.of_keys else self.past.values).decode()
         return self._decoded
@@ -87,7 +94,9 @@ class CompressedTensor(torch.Tensor):
         return func(*plain[0], **(plain[1] or {}))
 
 
-def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Tensor] | None:
+def states_of(
+    keys: History, values: History, backend: str, counter: Counter | None = None
+) -> tuple[Tensor, Tensor] | None:
     """The two histories as tensors that `attention_forward` knows, or None where it has no use for them.
 
     That is where nothing is compressed yet, only one of the two is, a codec is of another kind, or a gradient is asked
@@ -107,7 +116,7 @@ def states_of(keys: History, values: History, backend: str) -> tuple[Tensor, Ten
         return None
     if (keys.recent.requires_grad or values.recent.requires_grad) and torch.is_grad_enabled():
         return None
-    past, length = Past(keys, values, backend), len(keys)
+    past, length = Past(keys, values, backend, counter), len(keys)
     return CompressedTensor.of(past, length, True), CompressedTensor.of(past, length, False)
 
 
@@ -122,7 +131,8 @@ def context_of(past: Past) -> Context:
         parts.append(Compressed(history.compressed.packed, history.compressed.scales, tables, rotation))
     sinks, recent = Dense(past.keys.sinks, past.values.sinks), Dense(past.keys.recent, past.values.recent)
     assert past.keys.compressed is not None
-    return Context(sinks, parts[0], parts[1], recent, past.keys.compressed.offset)
+    recents = None if past.counter is None else past.counter.counts[1:]
+    return Context(sinks, parts[0], parts[1], recent, past.keys.compressed.offset, recents)
 
 
 def attention_forward(
@@ -154,6 +164,11 @@ def attention_forward(
         (B, Tq, Hq, D) and no weights.
     """
     scaling = 1.0 / math.sqrt(query.shape[3]) if scaling is None else scaling
+    if isinstance(key, CompressedTensor) and key.past.counter is not None:
+        attention_mask = key.past.counter.mask
+        if hindrance := _hindrance(query, attention_mask, dropout, kwargs):
+            raise NotReplayable(f"attention has {hindrance}")
+        return _from_codes(query, key.past, scaling, attention_mask, softcap, s_aux, sliding_window), None
     if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
         attention_mask = attention_mask[..., : key.shape[2]]
     if isinstance(key, CompressedTensor) and isinstance(value, CompressedTensor) and key.past is value.past:

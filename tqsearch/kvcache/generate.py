@@ -12,6 +12,7 @@ from tqsearch.errors import InvalidInputError
 from tqsearch.kvcache.attention import NAME as ATTENTION
 from tqsearch.kvcache.cache import TurboQuantCache
 from tqsearch.kvcache.policy import Width
+from tqsearch.kvcache.replay import replaying
 
 # The arguments of generate with which a caller chooses a cache, or none.
 _CHOOSES = ("past_key_values", "cache_implementation")
@@ -42,7 +43,10 @@ class CompressedGenerate:
         if uses and not chosen:
             kwargs["past_key_values"] = new_cache(self.model, self.options)
         model_class: Any = type(self.model)  # transformers adds generate to it with the classes that can
-        return model_class.generate(self.model, *args, **kwargs)
+        if kwargs.get("disable_compile", getattr(configuration, "disable_compile", False)):
+            return model_class.generate(self.model, *args, **kwargs)
+        with replaying(self.model):
+            return model_class.generate(self.model, *args, **kwargs)
 
 
 def new_cache(model: PreTrainedModel, options: dict[str, Any]) -> TurboQuantCache | EncoderDecoderCache:
@@ -58,7 +62,9 @@ def compress(model: PreTrainedModel, bits: Width = 4, **options: Any) -> None:
 
     A call of generate that names a cache (`past_key_values`, `cache_implementation`) or wants none (`use_cache=False`)
     gets what it names. A model on a GPU with the library's "sdpa" attention, or with "eager" where its class has no
-    other, gets attention from the codes besides, as by `model.set_attn_implementation("turboquant")`.
+    other, gets attention from the codes besides, as by `model.set_attn_implementation("turboquant")`; then its decoding
+    steps over a `TurboQuantCache` are recorded and replayed where they can be (`replay`), unless a call says
+    `disable_compile=True`.
 
     Args:
         model: a transformers model that can generate.

@@ -99,6 +99,12 @@ class History:
                 compressed = self.compressed.cat(self.codec.encode(old, chosen, **self.compressed.constants()))
         return replace(self, compressed=compressed, recent=recent)
 
+    def owning(self) -> History:
+        """The same with recent tokens in a storage no larger than they are."""
+        if self.recent.untyped_storage().nbytes() == self.recent.nbytes:
+            return self
+        return replace(self, recent=self.recent.clone(memory_format=torch.contiguous_format))
+
     def decode(self) -> Tensor:
         """All tokens, (B, H, T, D) in the model's dtype."""
         sinks, compressed = self.sinks.shape[2], self.compressed_length

@@ -16,6 +16,7 @@ from tqsearch.kvcache.history import History
 from tqsearch.kvcache.outliers import key_codec
 from tqsearch.kvcache.policy import LayerBits
 from tqsearch.kvcache.store import value_codec
+from tqsearch.kvcache.window import Counter, Window
 
 # Before 5.18 a positive argument of `crop` was the length to keep.
 LEGACY_CROP = hasattr(DynamicCache, "get_max_cache_shape")
@@ -47,9 +48,24 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, settings: LayerSettings) -> None:
         self.settings = settings
-        self.past: tuple[History, History] | None = None
+        self._past: tuple[History, History] | None = None
+        self._window: Window | None = None  # holds the recent tokens while steps are replayed
         self._fetched: tuple[tuple[History, History], ...] = ()  # what was on the CPU, and the same on the device
         DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]  # by name: the hybrid layer has other bases
+
+    @property
+    def past(self) -> tuple[History, History] | None:
+        """Keys and values as they are kept, or None before the first update."""
+        return self._past if self._window is None else self._window.past()
+
+    @past.setter
+    def past(self, past: tuple[History, History] | None) -> None:
+        """Replaces them; steps that were recorded go on no more."""
+        self._past, self._window = past, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: a window belongs to one layer."""
+        return {**vars(self), "_past": self.past, "_window": None}
 
     @property
     def keys(self) -> Tensor | None:
@@ -105,6 +121,8 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             keys (B, H, T, D) and values (B, H, T, D'); what they hold of the past is decoded for this call alone,
             or not at all where the model attends from the codes.
         """
+        if self._window is not None and self._window.counter.running:
+            return self._window.append(key_states, value_states)
         if self.past is None:
             self.lazy_initialization(key_states, value_states)
         past, settings = self._matching(key_states), self.settings
@@ -120,8 +138,9 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _matching(self, states: Tensor) -> tuple[History, History]:
         """The past on the device of new states, once it is known to go with them."""
-        assert self.past is not None
-        kept = self.past[0].recent
+        past = self.past
+        assert past is not None
+        kept = past[0].recent
         if kept.dtype != states.dtype:
             raise InvalidInputError(
                 f"states must be {kept.dtype} as those in the cache, got {states.dtype}; make a new cache"
@@ -133,12 +152,42 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             )
         if kept.device != states.device:
             self.device = states.device
-            self.past = self.past[0].to(states.device), self.past[1].to(states.device)
-        return self.past
+            self.past = past = past[0].to(states.device), past[1].to(states.device)
+        return past
+
+    def open_window(self, counter: Counter) -> bool:
+        """Puts the recent tokens into a `Window` for steps that are replayed; False where there is nothing to replay.
+
+        That is where attention does not read codes, or not yet, or recent tokens are not as many as the counter says.
+        """
+        past = self.past if self.settings.from_codes else None
+        if past is None or any(history.recent.shape[2] != counter.held for history in past):
+            return False
+        window = Window(past, counter)
+        states = states_of(*window.full, self.settings.backend, counter)
+        if states is None:
+            return False
+        window.states = states
+        self._past, self._window = None, window
+        return True
+
+    @property
+    def counter(self) -> Counter | None:
+        """Of the window, if there is one."""
+        return None if self._window is None else self._window.counter
+
+    def close_window(self) -> None:
+        """Takes the recent tokens out of the window, and compresses a block of them if it is due."""
+        if self._window is not None:
+            residual = self.settings.residual_length
+            keys, values = (history.compress(residual) for history in self._window.past())
+            self.past = keys.owning(), values.owning()
 
     def get_seq_length(self) -> int:
         """T, the number of tokens kept."""
-        return 0 if self.past is None else len(self.past[0])
+        if self._window is not None:
+            return len(self._window)
+        return 0 if self._past is None else len(self._past[0])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The number of keys a query of this length will see, and the position of the first."""

@@ -38,13 +38,14 @@ def save(cache: TurboQuantCache, path: str | os.PathLike[str]) -> None:
         entry: dict[str, Any] = {"kind": type(layer).__name__}
         attributes = dict(vars(layer))
         if isinstance(layer, TurboQuantLayer):
-            for side, history in zip(("keys", "values"), attributes.pop("past") or (), strict=False):
+            for side, history in zip(("keys", "values"), layer.past or (), strict=False):
                 parts = history.tensors()
                 if "packed" in parts and history.codec is not None:
                     parts["packed"] = history.codec.filed(parts["packed"])
                 tensors.update({f"{index}.{side}.{name}": part for name, part in parts.items()})
             entry["bits"] = [_width_out(width) for width in attributes.pop("settings").bits]
-            del attributes["_fetched"]  # nothing waits in a file
+            for name in ("_past", "_window", "_fetched"):  # nothing waits in a file
+                del attributes[name]
         entry["state"] = format.attributes_out(str(index), attributes, tensors)
         entries.append(entry)
     header = {name: getattr(settings, name) for name in _OPTIONS}

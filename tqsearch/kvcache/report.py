@@ -162,7 +162,9 @@ def _layer(index: int, layer: Any, seen: set[int]) -> LayerReport:
             part = PARTS[f"{side}.{name}"]
             parts[part] = parts.get(part, 0) + size
             compressed += size if name not in ("sinks", "recent") else 0
-    other = _size(reachable({name: value for name, value in vars(layer).items() if name != "past"}), seen)
+    other = _size(
+        reachable({name: value for name, value in vars(layer).items() if name not in ("_past", "_window")}), seen
+    )
     if other:
         parts[OTHER] = other
     kind = type(layer).__name__
