@@ -67,6 +67,16 @@ def test_metric_unknown_asked_for_and_contradicted(tmp_path: Path) -> None:
         load_dataset(write(tmp_path / "z.hdf5", fields(), "jaccard"))
 
 
+def test_groups_are_no_neighbors(tmp_path: Path) -> None:
+    path = write(tmp_path / "x-dot.hdf5", {name: fields()[name] for name in ("train", "test")})
+    with h5py.File(path, "a") as file:
+        file.create_group("neighbors")
+        file.create_group("distances")
+    data = load_dataset(path)
+    assert data.neighbors is None
+    assert data.distances is None
+
+
 def test_neighbors_may_be_missing_and_queries_become_float32(tmp_path: Path) -> None:
     arrays = {"train": fields()["train"].astype(np.float64), "test": fields()["test"].astype(np.float64)}
     data = load_dataset(write(tmp_path / "x.hdf5", arrays))

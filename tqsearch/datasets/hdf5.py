@@ -43,7 +43,10 @@ def read_hdf5(path: str | os.PathLike[str], metric: Metric | None = None) -> Dat
             if test.dtype.kind not in "fiu":
                 raise DatasetError(f"{path}: expected numbers in test, found dtype {test.dtype}")
             queries = np.asarray(test[()], np.float32)
-            neighbors, distances = (file[f][()] if f in file else None for f in ("neighbors", "distances"))
+            neighbors, distances = (
+                file[field][()] if isinstance(file.get(field), h5py.Dataset) else None
+                for field in ("neighbors", "distances")
+            )
             train = _array(path, file["train"])
     except OSError as error:  # what h5py raises for a file that is cut short or not HDF5
         raise DatasetError(f"{path}: expected a whole HDF5 file, found {path.stat().st_size} bytes: {error}") from error
