@@ -260,7 +260,7 @@ def test_any_safetensors_reader_opens_it(tmp_path, dtype):
                 for name, tensor in history.tensors().items():
                     read = torch.as_tensor(file.get_tensor(f"{number}.{side}.{name}"))
                     assert read.dtype == tensor.dtype
-                    assert torch.equal(read, tensor)
+                    assert torch.equal(read.flatten(), tensor.flatten())  # codes are in other shapes there
 
 
 def rewritten(path, change):
