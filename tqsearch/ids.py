@@ -34,10 +34,6 @@ class IdMap:
         arrays = sum(part.nbytes for part in self._sorted) if self._sorted else 0
         return arrays + 100 * len(self._changes)
 
-    def extend_plain(self, count: int) -> None:
-        """Adds `count` rows whose ids are their numbers, to a map that has only such."""
-        self._plain += count
-
     def rows(self, ids: Ids) -> Ids:
         """The row of each id, -1 where there is none."""
         if self._sorted is None:
