@@ -5,6 +5,7 @@ device.
 """
 
 import functools
+import threading
 import warnings
 
 import families
@@ -179,6 +180,39 @@ def test_a_fork_in_the_midst_goes_its_own_way():
     assert forked.length == plain.length
     assert (forked.logits - plain.logits).abs().max() <= 1e-4 * plain.logits.abs().max()
     assert again.replayed > 30
+
+
+class Beside(BaseStreamer):
+    """Has another thread generate with the same model, in the midst."""
+
+    def __init__(self, model):
+        self.model, self.count, self.found = model, 0, []
+
+    def put(self, value):
+        self.count += 1
+        if self.count == 20:
+            thread = threading.Thread(target=self.generate)
+            thread.start()
+            thread.join()
+
+    def generate(self):
+        ids, cache = tokens(1, PROMPT), cache_of(self.model)
+        with replaying(self.model, Counted()):
+            found = self.model.generate(ids, past_key_values=cache, max_new_tokens=60, do_sample=False)
+        self.found.append(found)
+
+    def end(self):
+        pass
+
+
+def test_another_thread_in_the_midst():
+    model, counted = make("llama"), Counted()
+    wanted, _ = generate(model, batch=1)
+    streamer = Beside(model)
+    found, _ = generate(model, counted, batch=1, streamer=streamer)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert torch.equal(streamer.found[0], wanted.sequences)
+    assert counted.replayed == 59 - 3 - 1
 
 
 @pytest.mark.parametrize("kind", ["length", "number", "hidden states"])

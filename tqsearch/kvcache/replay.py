@@ -13,6 +13,7 @@ ever too, and a warning says why.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,7 +149,7 @@ class Step:
 
 
 class Steps:
-    """A model's forward that replays what it can.
+    """A model's forward that replays what it can of the thread that made it.
 
     Args:
         own: the forward.
@@ -156,12 +157,14 @@ class Steps:
     """
 
     def __init__(self, own: Callable[..., Any], recorder: Recorder) -> None:
-        self._own, self._recorder = own, recorder
+        self._own, self._recorder, self._thread = own, recorder, threading.get_ident()
         self._kept: _Kept | None = None
         self._given_up, self._watched = False, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward's result."""
+        if threading.get_ident() != self._thread:  # of another generate, which has a cache of its own
+            return self._own(*args, **kwargs)
         step = None if args or self._given_up else Step.of(kwargs)
         if self._kept is not None and not (step and self._kept.goes_on(step)):
             # What changes the cache between steps does so again and again: to record each would only take longer.
