@@ -178,7 +178,7 @@ class TurboQuantIndex:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Holds the lock alone. What searches have recorded of the rows as they were is given back."""
+        """Holds the lock alone, and forgets what searches have prepared of the rows as they were."""
         with self._lock.write():
             self._searcher = None
             yield
@@ -348,7 +348,7 @@ class TurboQuantIndex:
             matrix = rows.to(device=self.device, dtype=torch.float32)
             searcher = self._searcher
             if searcher is None:
-                searcher = self._searcher = Searcher(self._estimator, self._contents.rows)
+                searcher = self._searcher = Searcher(self._estimator, self._contents.rows, self.device)
             scores, ids = searcher.top_k(matrix, int(k), mask, precision)
         if queries.ndim == 1:
             scores, ids = scores[0], ids[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,27 +14,39 @@ from tqsearch.arrays import check_finite
 from tqsearch.errors import InvalidInputError
 from tqsearch.estimator import Estimator
 from tqsearch.kernels.reference import merge_top_k
-from tqsearch.kernels.replay import Replayed
 from tqsearch.segments import Columns, SegmentedRows
 
 _GATHER_SHARE = 8  # a filter that allows less than one row in this many is scanned by gathering those rows
 _GATHER_BLOCK = 1 << 16
 
 
+class _Run(NamedTuple):
+    """A segment: its first row's number, its columns, and `kernels.scanner` of them."""
+
+    start: int
+    columns: Columns
+    scan: Callable[[Tensor, int, str], tuple[Tensor, Tensor]]
+
+
 class Searcher:
     """Searches an index as it stands; after a change it must not be used again.
 
-    On a GPU repeated searches of few queries without a filter are recorded and replayed, see `kernels.replay`: their
-    work is the same as long as the rows' tensors are.
+    What of a search depends on the rows alone is found once, see `kernels.scanner`.
 
     Args:
         estimator: what made the rows.
         rows: those; their columns' tensors stay as they are.
+        device: of the rows.
     """
 
-    def __init__(self, estimator: Estimator, rows: SegmentedRows) -> None:
-        self.estimator, self.rows = estimator, rows
-        self._replayed = Replayed(partial(_search, estimator, rows))
+    def __init__(self, estimator: Estimator, rows: SegmentedRows, device: torch.device) -> None:
+        self._estimator = estimator
+        quantizer = estimator.quantizer
+        self._tables = quantizer.tables(device)
+        self._runs = []
+        for start, columns in rows.runs():
+            parts = columns["packed"], columns["scales"], columns.get("bias")
+            self._runs.append(_Run(start, columns, kernels.scanner(*parts, self._tables, backend=quantizer.backend)))
 
     def top_k(self, queries: Tensor, k: int, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
         """The k nearest vectors of each query.
@@ -52,51 +64,50 @@ class Searcher:
         Raises:
             InvalidInputError: a query is not finite, or its squared norm overflows float32.
         """
-        if mask is None:
-            scores, ids, squares = self._replayed(queries, k, precision)
-        else:
-            scores, ids, squares = _search(self.estimator, self.rows, queries, k, precision, mask)
-        _check(queries, squares.cpu())  # the device's work is queued: only now it is waited for
-        return scores, ids
+        scanned = self._estimator.scanned(queries)
+        on_cpu = queries.device.type == "cpu"
+        if on_cpu:
+            _check(queries, scanned.squares)
+        most = min(k, sum(len(run.columns["packed"]) for run in self._runs))
+        best: tuple[Tensor, Tensor] | None = None
+        for found in self._found(scanned.queries, most, mask, precision):
+            best = found if best is None else merge_top_k(*best, *found, most)
+        if best is None:
+            none = queries.new_empty((len(queries), 0))
+            best = none, none.long()
+        scores, ids = best
+        if not on_cpu:  # now that the device's work is queued, this waits for it
+            _check(queries, scanned.squares.cpu())
+        if scores.shape[1] < k:
+            missing = (0, k - scores.shape[1])
+            scores = torch.nn.functional.pad(scores, missing, value=-math.inf)
+            ids = torch.nn.functional.pad(ids, missing, value=-1)
+        if scanned.unit != 1.0:
+            scores = scores * scanned.unit
+        if scanned.constant is not None:
+            scores = scores + scanned.constant
+        return (-scores if self._estimator.metric == "l2" else scores), ids
 
-
-def _search(
-    estimator: Estimator, rows: SegmentedRows, queries: Tensor, k: int, precision: str, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores and ids as of `Searcher.top_k`, and `Scanned.squares`."""
-    quantizer, device = estimator.quantizer, queries.device
-    scanned = estimator.scanned(queries)
-    if device.type == "cpu":
-        _check(queries, scanned.squares)
-    best: tuple[Tensor, Tensor] | None = None
-    for start, columns in rows.runs():
-        allowed = None if mask is None else mask[start : start + len(columns["packed"])]
-        for local, part, part_mask in _parts(columns, allowed):
-            scores, places = kernels.scan(
-                scanned.queries,
-                part["packed"],
-                part["scales"],
-                part.get("bias"),
-                part_mask,
-                quantizer.tables(device),
-                k,
-                precision=precision,
-                backend=quantizer.backend,
-            )
-            found = scores, _named(places, local, start, columns)
-            best = found if best is None else merge_top_k(*best, *found, k)
-    if best is None:
-        best = queries.new_empty((len(queries), 0)), torch.empty((len(queries), 0), dtype=torch.int64, device=device)
-    scores, ids = best
-    if scores.shape[1] < k:
-        missing = (0, k - scores.shape[1])
-        scores = torch.nn.functional.pad(scores, missing, value=-math.inf)
-        ids = torch.nn.functional.pad(ids, missing, value=-1)
-    if scanned.unit != 1.0:
-        scores = scores * scanned.unit
-    if scanned.constant is not None:
-        scores = scores + scanned.constant
-    return (-scores if estimator.metric == "l2" else scores), ids, scanned.squares
+    def _found(self, queries: Tensor, k: int, mask: Tensor | None, precision: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores and ids of the best of each segment, or of parts of it."""
+        for start, columns, scan in self._runs:
+            if mask is None:
+                scores, places = scan(queries, k, precision)
+                yield scores, _named(places, None, start, columns)
+                continue
+            for local, part, allowed in _parts(columns, mask[start : start + len(columns["packed"])]):
+                scores, places = kernels.scan(
+                    queries,
+                    part["packed"],
+                    part["scales"],
+                    part.get("bias"),
+                    allowed,
+                    self._tables,
+                    k,
+                    precision=precision,
+                    backend=self._estimator.quantizer.backend,
+                )
+                yield scores, _named(places, local, start, columns)
 
 
 def _named(places: Tensor, local: Tensor | None, start: int, columns: Columns) -> Tensor:
@@ -117,14 +128,14 @@ def _check(queries: Tensor, squares: Tensor) -> None:
         )
 
 
-def _parts(columns: Columns, mask: Tensor | None) -> Iterator[tuple[Tensor | None, Columns, Tensor | None]]:
+def _parts(columns: Columns, mask: Tensor) -> Iterator[tuple[Tensor | None, Columns, Tensor | None]]:
     """What to scan of a segment: all of it under its mask or, where the mask allows few rows, those rows in blocks.
 
     Yields:
         Row numbers of the columns' rows (None: all in order), the columns, and their mask.
     """
-    rows = None if mask is None else mask.nonzero().flatten()
-    if mask is None or rows is None or len(rows) * _GATHER_SHARE >= len(mask):
+    rows = mask.nonzero().flatten()
+    if len(rows) * _GATHER_SHARE >= len(mask):
         yield None, columns, mask
         return
     for block in torch.split(rows, _GATHER_BLOCK):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from index_oracle import parse
 
-from tqsearch import kernels
 from tqsearch.index import TurboQuantIndex
+from tqsearch.kernels import reference
 
 DIM = 16
 
@@ -172,7 +172,7 @@ def test_a_change_waits_for_the_search_under_way(monkeypatch: pytest.MonkeyPatch
     """A removal that starts in the middle of a search is done after it; the search sees the vectors as they were."""
     index = TurboQuantIndex(DIM, 4, "l2")
     index.add(rows(50))
-    query, scan = rows(1, 9)[0], kernels.scan
+    query, scan = rows(1, 9)[0], reference.scan
     wanted = np.asarray(index.search(query, 50)[0])
     removal = threading.Thread(target=index.remove, args=(list(range(25)),), daemon=True)
     waited = []
@@ -184,7 +184,7 @@ def test_a_change_waits_for_the_search_under_way(monkeypatch: pytest.MonkeyPatch
         return scan(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "scan", scan_beside_removal)
+        patch.setattr(reference, "scan", scan_beside_removal)
         scores = np.asarray(index.search(query, 50)[0])
     removal.join(10)
     assert waited == [True]

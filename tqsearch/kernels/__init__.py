@@ -12,7 +12,9 @@ distance less |q|^2.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -41,6 +43,7 @@ __all__ = [
     "rotate",
     "row_bytes",
     "scan",
+    "scanner",
     "select",
 ]
 
@@ -73,8 +76,7 @@ def select(backend: str, device: torch.device) -> str:
     """The backend that runs an op which has a Triton kernel; the other ops are plain torch everywhere.
 
     It depends on its arguments and on what is installed, never on an exception caught on the way: an explicit backend
-        that
-    cannot run raises.
+    that cannot run raises.
 
     Args:
         backend: "auto" (Triton on a GPU where it is installed), "reference" (plain torch) or "triton".
@@ -253,18 +255,70 @@ def scan(
         scores: (q, min(k, n)) float32, descending; -inf where fewer rows are allowed.
         rows: (q, min(k, n)) int64; -1 where the score is -inf.
     """
-    chosen = select(backend, packed.device)
-    if precision not in PRECISIONS:
-        raise InvalidInputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
-    wrong = _unscannable(bands)
-    if wrong and backend == "triton":
-        raise BackendError(f"backend 'triton' has no kernel for {wrong}; use backend 'auto' or 'reference'")
-    if chosen == "triton" and not wrong:
+    _check_precision(precision)
+    if _scan_backend(backend, packed.device, bands) == "triton":
         from tqsearch.kernels import scan_triton
 
         with launching_on(queries.device):
             return scan_triton.scan(queries, packed, scales, bias, mask, bands, k, precision)
     return reference.scan(queries, packed, scales, bias, mask, bands, k)
+
+
+def scanner(
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    bands: tuple[BandTable, ...],
+    *,
+    backend: str = "auto",
+) -> Callable[[Tensor, int, str], tuple[Tensor, Tensor]]:
+    """`scan` of some rows, to be called again and again, which then costs the host less.
+
+    Args:
+        packed, scales, bias, bands, backend: as for `scan`. The tensors stay where they are.
+
+    Returns:
+        What takes queries, k and precision, and returns what `scan` does.
+    """
+    if _scan_backend(backend, packed.device, bands) == "triton":
+        from tqsearch.kernels import scan_triton
+
+        repeated = scan_triton.scanner(packed, scales, bias, bands)
+    else:
+        repeated = partial(_scan_by_reference, packed, scales, bias, bands)
+
+    def scan_rows(queries: Tensor, k: int, precision: str = "int8") -> tuple[Tensor, Tensor]:
+        _check_precision(precision)
+        with launching_on(queries.device):
+            return repeated(queries, k, precision)
+
+    return scan_rows
+
+
+def _scan_by_reference(
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    bands: tuple[BandTable, ...],
+    queries: Tensor,
+    k: int,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    return reference.scan(queries, packed, scales, bias, None, bands, k)
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise InvalidInputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+
+
+def _scan_backend(backend: str, device: torch.device, bands: tuple[BandTable, ...]) -> str:
+    """Which backend runs a scan."""
+    chosen = select(backend, device)
+    wrong = _unscannable(bands)
+    if wrong and backend == "triton":
+        raise BackendError(f"backend 'triton' has no kernel for {wrong}; use backend 'auto' or 'reference'")
+    return "reference" if wrong else chosen
 
 
 def _unscannable(bands: tuple[BandTable, ...]) -> str:

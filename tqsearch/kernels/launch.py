@@ -15,6 +15,8 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from tqsearch.kernels.relaunch import Launch, launched
+
 MOST = 1024  # variants kept of a kernel
 
 
@@ -56,9 +58,11 @@ class Launcher:
             compiled, made_before = known
             addresses = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
             stream = torch._C._cuda_getCurrentRawStream(arguments[0].device.index)
-            metadata = compiled.packed_metadata
-            compiled.run(*grid, stream, compiled.function, metadata, None, None, None, *addresses, *made_before)
+            middle = compiled.function, compiled.packed_metadata, None, None, None  # and no hooks
+            compiled.run(*grid, stream, *middle, *addresses, *made_before)
+            launched(Launch(compiled.run, grid, middle, arguments, made_before))
             return
+        launched(None)
         made = constants()
         compiled = self._kernel[grid](*arguments, **made, **options)
         if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing

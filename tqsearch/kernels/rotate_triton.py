@@ -10,7 +10,6 @@ from tqsearch.kernels import hadamard_triton
 from tqsearch.kernels.encode_triton import load_rows, normalised, row_sums
 from tqsearch.kernels.hadamard_triton import transform
 from tqsearch.kernels.launch import Launcher, variant
-from tqsearch.kernels.replay import kept
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -76,7 +75,7 @@ def rotate(
     if count == 0:
         return values, squares, products
     padded, rows, warps = hadamard_triton.shape_of(dim, orders is not None)
-    turn, sources = kept(hadamard_triton.tables(factors, orders, padded))
+    turn, sources = hadamard_triton.tables(factors, orders, padded)
     none = squares
     ends = none if centre is None else centre, values, squares, none if products is None else products
     operands = (vectors, turn, sources, *ends)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch import Tensor
 from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
-from tqsearch.kernels.replay import kept
+from tqsearch.kernels.relaunch import Relaunched
 from tqsearch.kernels.scan_cuts import Config, Shapes, config_for
 from tqsearch.kernels.scan_kernels_triton import arrange_kernel, rescore_kernel, scan_kernel
 from tqsearch.kernels.scan_layout import Layout, entries, layout_of
@@ -37,6 +37,15 @@ _FEW = 32  # the largest k whose best tiles and rows one program picks
 _launch_arrange, _launch_scan, _launch_group, _launch_choose, _launch_rescore, _launch_best = map(
     Launcher, (arrange_kernel, scan_kernel, group_kernel, choose_kernel, rescore_kernel, best_kernel)
 )
+
+
+def scanner(packed: Tensor, scales: Tensor, bias: Tensor | None, bands: tuple[BandTable, ...]) -> Callable[..., Any]:
+    """See `kernels.scanner`."""
+
+    def scan_rows(queries: Tensor, k: int, precision: str) -> tuple[Tensor, Tensor]:
+        return scan(queries, packed, scales, bias, None, bands, k, precision)
+
+    return Relaunched(scan_rows)
 
 
 class Arranged(NamedTuple):
@@ -125,7 +134,7 @@ class Scanner:
         self.config = config
         key = tuple([(b.size, b.width, b.codec, *entries(b, exact)) for b in bands])
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
-        self.layout = layout = kept(layout_of(key, config.block_c, exact, aligned, packed.device))
+        self.layout = layout = layout_of(key, config.block_c, exact, aligned, packed.device)
         values, alpha, beta = _arrange(queries, layout, exact, config.block_q)
         none = layout.tables
         self._operands = (
