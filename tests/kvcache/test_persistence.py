@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import stat
-import sys
 
 import families
 import numpy as np
@@ -208,23 +207,15 @@ def fail(*_):
     raise OSError("the disk is full")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    import resource
-
+def test_a_full_disk_leaves_the_old_file(tmp_path, files_up_to):
     model, cache = filled("llama")
     path = tmp_path / "file"
     cache.save(path)
     before = path.read_bytes()
     go_on(model, cache)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (0, 1000, len(before) - 1):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-        try:
-            with pytest.raises(OSError, match="File too large"):
-                cache.save(path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with files_up_to(limit), pytest.raises(OSError, match="File too large"):
+            cache.save(path)
         assert path.read_bytes() == before
         assert os.listdir(tmp_path) == ["file"]
 
