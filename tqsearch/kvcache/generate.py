@@ -63,8 +63,10 @@ def compress(model: PreTrainedModel, bits: Width = 4, **options: Any) -> None:
     A call of generate that names a cache (`past_key_values`, `cache_implementation`) or wants none (`use_cache=False`)
     gets what it names. A model on a GPU with the library's "sdpa" attention, or with "eager" where its class has no
     other, gets attention from the codes besides, as by `model.set_attn_implementation("turboquant")`; then its decoding
-    steps over a `TurboQuantCache` are recorded and replayed where they can be (`replay`), unless a call says
-    `disable_compile=True`.
+    steps over a `TurboQuantCache` are recorded as CUDA graphs and replayed where they can be (`replay`). While one is
+    recorded, for a few hundredths of a second each `block_length` tokens, CUDA lets no other thread synchronize the
+    whole device (`torch.cuda.synchronize`): such a call raises there. A call with `disable_compile=True` records
+    nothing.
 
     Args:
         model: a transformers model that can generate.

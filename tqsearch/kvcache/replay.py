@@ -39,6 +39,8 @@ _INPUTS = ("input_ids", "position_ids", "attention_mask", "past_key_values")
 def replaying(model: PreTrainedModel, recorder: Recorder | None = None) -> Iterator[None]:
     """Within, steps of one token over a `TurboQuantCache` are replayed where they can be.
 
+    While a CUDA graph is recorded no other thread may synchronize the whole device.
+
     Args:
         model: whose `forward` is replaced meanwhile.
         recorder: of steps; None for CUDA graphs, on a GPU, and for none elsewhere.
@@ -137,6 +139,12 @@ class Step:
             return None
         return cls(ids, positions, mask, cache, constants)
 
+    @property
+    def compressed(self) -> bool:
+        """Whether the cache has compressed tokens."""
+        first: Any = self.cache.layers[0]
+        return first.past is not None and any(history.compressed is not None for history in first.past)
+
     def like(self, other: Step) -> bool:
         """Whether another step differs in its token and the past's length alone."""
         return (
@@ -170,8 +178,9 @@ class Steps:
             # What changes the cache between steps does so again and again: to record each would only take longer.
             self._give_up()
             step = None
-        if step is not None and self._kept is None:
+        if step is not None and self._kept is None and step.compressed:
             self._kept = _Kept.of(step, self._own, self._recorder, self._watched)
+            self._given_up = self._kept is None
         if step is None or self._kept is None:
             return self._own(*args, **kwargs)
         try:
@@ -241,10 +250,8 @@ class _Kept:
 
     @classmethod
     def of(cls, step: Step, own: Callable[..., Any], recorder: Recorder, watched: bool) -> _Kept | None:
-        """With windows for all layers; None if the cache cannot have them, or not yet."""
+        """With windows for all layers; None if the cache cannot have them."""
         first: Any = step.cache.layers[0]
-        if first.past is None:
-            return None
         held, settings = first.past[0].recent.shape[2], first.settings
         room = settings.residual_length + settings.block_length
         length = first.get_seq_length()
