@@ -77,6 +77,14 @@ def test_plain_ids_cost_nothing(count: int, asked: list[int]) -> None:
     assert plain.rows(np.array(asked, np.int64)).tolist() == [id if 0 <= id < count else -1 for id in asked]
 
 
+def test_few_are_left_of_many() -> None:
+    for left in range(4):
+        ids = IdMap.of(np.arange(3000))
+        ids.assign(np.arange(left, 3000), np.full(3000 - left, -1))
+        assert ids.rows(np.arange(5)).tolist() == [id if id < left else -1 for id in range(5)]
+        assert ids.rows(np.array([LARGE, -1])).tolist() == [-1, -1]
+
+
 def test_many_cycles_do_not_leave_dead_ids_behind() -> None:
     """Ids that come and go for ever: the map's size follows those that are there."""
     ids: Any = IdMap()
