@@ -1,6 +1,6 @@
-"""Work on a GPU that is recorded once, as a CUDA graph, and replayed: a call costs the host a copy and a launch.
+"""Recording what a call does on a GPU, as a CUDA graph: to do it again costs the host one launch.
 
-Launching the kernels of a small search one by one takes the host longer than some of them run.
+While a graph is recorded, no other thread of the process may synchronize the whole device.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ def record(call: Callable[[], T], device: torch.device, pool: Any) -> tuple[T, t
     Returns:
         What the call returned, whose tensors are filled at each replay; the graph; and what it reads, to be held as
         long as the graph.
+
+    Raises:
+        RuntimeError: the call, or another thread, did what cannot be recorded.
     """
     with _capturing:
         if device not in _capture_streams:
