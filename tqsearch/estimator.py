@@ -25,20 +25,18 @@ from tqsearch.segments import Columns
 
 
 class Scanned(NamedTuple):
-    """Queries as the scan takes them: a score is `unit` times what the scan finds, plus `constant`.
+    """Queries as the scan takes them, and what `Estimator.scores` adds to what it finds.
 
     Attributes:
         queries: (q, scanned dim) float32.
-        unit: the estimator's.
-        constant: (q, 1) float32; None for zero.
         squares: (q,) float32, |z|^2 of what is rotated; not finite where a query is not, or where it overflows, so that
             products would: infinities of both signs make NaN.
+        products: (q,) float32, <q, c>; None without a centre.
     """
 
     queries: Tensor
-    unit: float
-    constant: Tensor | None
     squares: Tensor
+    products: Tensor | None
 
 
 class Estimator:
@@ -102,17 +100,23 @@ class Estimator:
         turn: tuple[Tensor, Tensor | None] | None = None
         if quantizer.basis is None and isinstance(quantizer.rotation, Hadamard):
             turn = quantizer.rotation.tensors(device)
+        factor = 2.0 if self.metric == "l2" else 1.0
         values, squares, products = kernels.rotate(
-            queries, *(turn or ()), centre=taken_off, unit=unit, backend=quantizer.backend
+            queries, *(turn or ()), centre=taken_off, unit=unit, factor=factor, backend=quantizer.backend
         )
-        constant = None if products is None else products[:, None]
         if centre is not None and taken_off is None:
-            constant = ((unit_rows(queries) if unit else queries) @ centre)[:, None]
-        if self.metric == "l2":
-            values, constant = 2.0 * values, -squares[:, None]
+            products = (unit_rows(queries) if unit else queries) @ centre
         if turn is None:
             values = quantizer.scanned_queries(values if self.unit == 1.0 else values.double() / self.unit)
-        return Scanned(values, self.unit, constant, squares)
+        return Scanned(values, squares, products)
+
+    def scores(self, found: Tensor, squares: Tensor, products: Tensor | None) -> Tensor:
+        """Scores in the metric's sense, of what a scan of `Scanned.queries` found, (q, k)."""
+        if self.unit != 1.0:
+            found = found * self.unit
+        if self.metric == "l2":
+            return squares[:, None] - found
+        return found if products is None else found + products[:, None]
 
     def _centre_on(self, device: torch.device) -> Tensor | None:
         if self.quantizer.centre is None:

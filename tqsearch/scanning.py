@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,17 +22,17 @@ _GATHER_BLOCK = 1 << 16
 
 
 class _Run(NamedTuple):
-    """A segment: its first row's number, its columns, and `kernels.scanner` of them."""
+    """A segment: its first row's number, its columns, and the scan of them for queries, k and precision."""
 
     start: int
     columns: Columns
-    scan: Callable[[Tensor, int, str], tuple[Tensor, Tensor]]
+    scan: Callable[..., tuple[Tensor, ...]]
 
 
 class Searcher:
     """Searches an index as it stands; after a change it must not be used again.
 
-    What of a search depends on the rows alone is found once, see `kernels.scanner`.
+    What its searches have in common is found once, see `kernels.repeated`.
 
     Args:
         estimator: what made the rows.
@@ -40,13 +41,13 @@ class Searcher:
     """
 
     def __init__(self, estimator: Estimator, rows: SegmentedRows, device: torch.device) -> None:
-        self._estimator = estimator
-        quantizer = estimator.quantizer
-        self._tables = quantizer.tables(device)
+        self._estimator, self._backend = estimator, estimator.quantizer.backend
+        self._tables = estimator.quantizer.tables(device)
+        self._scanned = kernels.repeated(partial(_scanned, estimator), device, backend=self._backend)
         self._runs = []
         for start, columns in rows.runs():
-            parts = columns["packed"], columns["scales"], columns.get("bias")
-            self._runs.append(_Run(start, columns, kernels.scanner(*parts, self._tables, backend=quantizer.backend)))
+            scan = partial(_scan, columns, None, self._tables, self._backend)
+            self._runs.append(_Run(start, columns, kernels.repeated(scan, device, backend=self._backend)))
 
     def top_k(self, queries: Tensor, k: int, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
         """The k nearest vectors of each query.
@@ -64,29 +65,25 @@ class Searcher:
         Raises:
             InvalidInputError: a query is not finite, or its squared norm overflows float32.
         """
-        scanned = self._estimator.scanned(queries)
+        values, squares, *products = self._scanned(queries)
         on_cpu = queries.device.type == "cpu"
         if on_cpu:
-            _check(queries, scanned.squares)
+            _check(queries, squares)
         most = min(k, sum(len(run.columns["packed"]) for run in self._runs))
         best: tuple[Tensor, Tensor] | None = None
-        for found in self._found(scanned.queries, most, mask, precision):
+        for found in self._found(values, most, mask, precision):
             best = found if best is None else merge_top_k(*best, *found, most)
         if best is None:
             none = queries.new_empty((len(queries), 0))
             best = none, none.long()
         scores, ids = best
         if not on_cpu:  # now that the device's work is queued, this waits for it
-            _check(queries, scanned.squares.cpu())
+            _check(queries, squares.cpu())
         if scores.shape[1] < k:
             missing = (0, k - scores.shape[1])
             scores = torch.nn.functional.pad(scores, missing, value=-math.inf)
             ids = torch.nn.functional.pad(ids, missing, value=-1)
-        if scanned.unit != 1.0:
-            scores = scores * scanned.unit
-        if scanned.constant is not None:
-            scores = scores + scanned.constant
-        return (-scores if self._estimator.metric == "l2" else scores), ids
+        return self._estimator.scores(scores, squares, *(products or (None,))), ids
 
     def _found(self, queries: Tensor, k: int, mask: Tensor | None, precision: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Scores and ids of the best of each segment, or of parts of it."""
@@ -96,18 +93,26 @@ class Searcher:
                 yield scores, _named(places, None, start, columns)
                 continue
             for local, part, allowed in _parts(columns, mask[start : start + len(columns["packed"])]):
-                scores, places = kernels.scan(
-                    queries,
-                    part["packed"],
-                    part["scales"],
-                    part.get("bias"),
-                    allowed,
-                    self._tables,
-                    k,
-                    precision=precision,
-                    backend=self._estimator.quantizer.backend,
-                )
+                scores, places = _scan(part, allowed, self._tables, self._backend, queries, k, precision)
                 yield scores, _named(places, local, start, columns)
+
+
+def _scanned(estimator: Estimator, queries: Tensor) -> tuple[Tensor, ...]:
+    """`Scanned` without what is not there."""
+    return tuple([part for part in estimator.scanned(queries) if part is not None])
+
+
+def _scan(
+    columns: Columns,
+    mask: Tensor | None,
+    tables: tuple[kernels.BandTable, ...],
+    backend: str,
+    queries: Tensor,
+    k: int,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    parts = columns["packed"], columns["scales"], columns.get("bias")
+    return kernels.scan(queries, *parts, mask, tables, k, precision=precision, backend=backend)
 
 
 def _named(places: Tensor, local: Tensor | None, start: int, columns: Columns) -> Tensor:

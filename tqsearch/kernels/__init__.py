@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -40,10 +39,10 @@ __all__ = [
     "inner_products",
     "launching_on",
     "reconstruct",
+    "repeated",
     "rotate",
     "row_bytes",
     "scan",
-    "scanner",
     "select",
 ]
 
@@ -166,19 +165,21 @@ def rotate(
     *,
     centre: Tensor | None = None,
     unit: bool = False,
+    factor: float = 1.0,
     backend: str = "auto",
 ) -> Rotated:
-    """Centres, normalises and rotates rows: with z = x - centre (x / |x| - centre if `unit`) it makes R z.
+    """Centres, normalises and rotates rows: with z = x - centre (x / |x| - centre if `unit`) it makes factor R z.
 
     Args:
         vectors: (q, d) float32, any strides.
         factors, orders: as for `encode`; without factors nothing is rotated.
         centre: (d,) float32, or None for zero.
         unit: whether rows are divided by their norms first (zero rows stay zero).
+        factor: what the values are multiplied by.
         backend: see `select`.
 
     Returns:
-        values: (q, d) float32, R z.
+        values: (q, d) float32, factor R z.
         squares: (q,) float32, |z|^2; not finite exactly where a row is not, or where it overflows.
         products: (q,) float32, <centre, x> (x / |x| if `unit`); None without a centre.
     """
@@ -186,8 +187,8 @@ def rotate(
         from tqsearch.kernels import rotate_triton
 
         with launching_on(vectors.device):
-            return Rotated(*rotate_triton.rotate(vectors, factors, orders, centre, unit))
-    return Rotated(*reference.rotate(vectors, factors, orders, centre, unit))
+            return Rotated(*rotate_triton.rotate(vectors, factors, orders, centre, unit, factor))
+    return Rotated(*reference.rotate(vectors, factors, orders, centre, unit, factor))
 
 
 def reconstruct(packed: Tensor, scales: Tensor, bands: tuple[BandTable, ...], *, backend: str = "auto") -> Tensor:
@@ -255,8 +256,13 @@ def scan(
         scores: (q, min(k, n)) float32, descending; -inf where fewer rows are allowed.
         rows: (q, min(k, n)) int64; -1 where the score is -inf.
     """
-    _check_precision(precision)
-    if _scan_backend(backend, packed.device, bands) == "triton":
+    chosen = select(backend, packed.device)
+    if precision not in PRECISIONS:
+        raise InvalidInputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    wrong = _unscannable(bands)
+    if wrong and backend == "triton":
+        raise BackendError(f"backend 'triton' has no kernel for {wrong}; use backend 'auto' or 'reference'")
+    if chosen == "triton" and not wrong:
         from tqsearch.kernels import scan_triton
 
         with launching_on(queries.device):
@@ -264,61 +270,22 @@ def scan(
     return reference.scan(queries, packed, scales, bias, mask, bands, k)
 
 
-def scanner(
-    packed: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    bands: tuple[BandTable, ...],
-    *,
-    backend: str = "auto",
-) -> Callable[[Tensor, int, str], tuple[Tensor, Tensor]]:
-    """`scan` of some rows, to be called again and again, which then costs the host less.
+def repeated(
+    function: Callable[..., tuple[Tensor, ...]], device: torch.device, *, backend: str = "auto"
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The function, which is to be called again and again: on a GPU that then costs the host less.
 
     Args:
-        packed, scales, bias, bands, backend: as for `scan`. The tensors stay where they are.
-
-    Returns:
-        What takes queries, k and precision, and returns what `scan` does.
+        function: of rows (q, d) and hashable settings; what it reads besides stays where it is. Where it does nothing
+            but run ops of this package, from its third call with rows of one shape on its launches are made again.
+        device: of the rows.
+        backend: see `select`.
     """
-    if _scan_backend(backend, packed.device, bands) == "triton":
-        from tqsearch.kernels import scan_triton
+    if device.type == "cuda" and select(backend, device) == "triton":
+        from tqsearch.kernels.relaunch import Relaunched
 
-        repeated = scan_triton.scanner(packed, scales, bias, bands)
-    else:
-        repeated = partial(_scan_by_reference, packed, scales, bias, bands)
-
-    def scan_rows(queries: Tensor, k: int, precision: str = "int8") -> tuple[Tensor, Tensor]:
-        _check_precision(precision)
-        with launching_on(queries.device):
-            return repeated(queries, k, precision)
-
-    return scan_rows
-
-
-def _scan_by_reference(
-    packed: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    bands: tuple[BandTable, ...],
-    queries: Tensor,
-    k: int,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    return reference.scan(queries, packed, scales, bias, None, bands, k)
-
-
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise InvalidInputError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
-
-
-def _scan_backend(backend: str, device: torch.device, bands: tuple[BandTable, ...]) -> str:
-    """Which backend runs a scan."""
-    chosen = select(backend, device)
-    wrong = _unscannable(bands)
-    if wrong and backend == "triton":
-        raise BackendError(f"backend 'triton' has no kernel for {wrong}; use backend 'auto' or 'reference'")
-    return "reference" if wrong else chosen
+        return Relaunched(function)
+    return function
 
 
 def _unscannable(bands: tuple[BandTable, ...]) -> str:

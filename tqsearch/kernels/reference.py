@@ -58,7 +58,7 @@ def encode(
 
 
 def rotate(
-    vectors: Tensor, factors: Tensor | None, orders: Tensor | None, centre: Tensor | None, unit: bool
+    vectors: Tensor, factors: Tensor | None, orders: Tensor | None, centre: Tensor | None, unit: bool, factor: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `kernels.rotate`."""
     if unit:
@@ -67,6 +67,8 @@ def rotate(
     if centre is not None:
         vectors = vectors - centre
     squares = (vectors * vectors).sum(dim=1)
+    if factor != 1.0:
+        vectors = factor * vectors
     if factors is not None:
         vectors = hadamard_columns(vectors.t().contiguous(), factors, orders).t()
     return vectors.contiguous(), squares, products

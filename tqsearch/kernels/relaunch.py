@@ -65,7 +65,10 @@ class Relaunched:
         key = (rows.shape, rows.dtype, rows.data_ptr() % 16, settings)
         program = self._programs.get(key, _NEW)
         if isinstance(program, _Program):
-            return program(rows)
+            if rows.device.index == torch.cuda.current_device():
+                return program(rows)
+            with torch.cuda.device(rows.device):
+                return program(rows)
         if program is _NEW:  # at the first call kernels are compiled and tables made
             if len(self._programs) >= _MOST:
                 self._programs.clear()
@@ -127,7 +130,7 @@ class _Program:
             if tensor.data_ptr() not in given:
                 homes.append((tensor.data_ptr(), tensor.nbytes, 1, size))
                 size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
-        self._scratch = max(size, _ALIGNED)
+        self._scratch = size
         self._held: list[Tensor] = []  # what stays where it is
         self._launches = []
         for run, grid, middle, arguments, constants in launches:
@@ -141,9 +144,11 @@ class _Program:
     def __call__(self, rows: Tensor) -> Outputs:
         """The outputs for other rows of the shape."""
         stream = torch._C._cuda_getCurrentRawStream(self._index)
-        scratch = torch.empty(self._scratch, dtype=torch.uint8, device=self._device)
         outputs = tuple([torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._outputs])
-        bases = rows.data_ptr(), scratch.data_ptr(), *[out.data_ptr() for out in outputs]
+        bases = [rows.data_ptr(), 0, *[out.data_ptr() for out in outputs]]
+        if self._scratch:
+            scratch = torch.empty(self._scratch, dtype=torch.uint8, device=self._device)
+            bases[1] = scratch.data_ptr()
         for run, grid, middle, fixed, moving, constants in self._launches:
             arguments = fixed.copy()
             for place, base, offset in moving:

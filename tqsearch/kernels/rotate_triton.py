@@ -31,6 +31,7 @@ def rotate_kernel(
     PERMUTED: tl.constexpr,
     HAS_CENTRE: tl.constexpr,
     UNIT: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     """ROWS rows. They are turned at squared norm DIM, where the transform is nearly as good as float32's."""
     SIZE: tl.constexpr = ROWS * PADDED
@@ -55,7 +56,7 @@ def rotate_kernel(
     norm = tl.where(length == length, norm, length)  # NaN, of a row that is not finite
     tl.store(squares_ptr + row, norm * norm, mask=row < n)
     x = transform(x, place, factors_ptr, sources_ptr, DIM, PADDED, LOG, SIZE, WARPS, ROUNDS, PERMUTED)
-    x = tl.reshape(tl.reshape(x, (ROWS, PADDED)) * tl.div_rn(norm, root)[:, None], x.shape)
+    x = tl.reshape(tl.reshape(x, (ROWS, PADDED)) * (FACTOR * tl.div_rn(norm, root))[:, None], x.shape)
     inside = there & (place // PADDED < n - first)
     tl.store(values_ptr + (first * DIM + place // PADDED * DIM + column), x, mask=inside)
 
@@ -64,7 +65,7 @@ _launch_rotate = Launcher(rotate_kernel)
 
 
 def rotate(
-    vectors: Tensor, factors: Tensor, orders: Tensor | None, centre: Tensor | None, unit: bool
+    vectors: Tensor, factors: Tensor, orders: Tensor | None, centre: Tensor | None, unit: bool, factor: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `kernels.rotate`."""
     count, dim = vectors.shape
@@ -81,7 +82,16 @@ def rotate(
     operands = (vectors, turn, sources, *ends)
     _launch_rotate(
         (-(-count // rows), 1, 1),
-        (dim, len(factors), orders is not None, centre is not None, unit, vectors.device, *variant(operands, ())),
+        (
+            dim,
+            len(factors),
+            orders is not None,
+            centre is not None,
+            unit,
+            factor,
+            vectors.device,
+            *variant(operands, ()),
+        ),
         (*operands, count),
         lambda: {
             "DIM": dim,
@@ -93,6 +103,7 @@ def rotate(
             "PERMUTED": orders is not None,
             "HAS_CENTRE": centre is not None,
             "UNIT": unit,
+            "FACTOR": factor,
         },
         num_warps=warps,
         num_stages=1,

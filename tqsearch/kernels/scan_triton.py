@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from torch import Tensor
 from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
-from tqsearch.kernels.relaunch import Relaunched
 from tqsearch.kernels.scan_cuts import Config, Shapes, config_for
 from tqsearch.kernels.scan_kernels_triton import arrange_kernel, rescore_kernel, scan_kernel
 from tqsearch.kernels.scan_layout import Layout, entries, layout_of
@@ -37,15 +36,6 @@ _FEW = 32  # the largest k whose best tiles and rows one program picks
 _launch_arrange, _launch_scan, _launch_group, _launch_choose, _launch_rescore, _launch_best = map(
     Launcher, (arrange_kernel, scan_kernel, group_kernel, choose_kernel, rescore_kernel, best_kernel)
 )
-
-
-def scanner(packed: Tensor, scales: Tensor, bias: Tensor | None, bands: tuple[BandTable, ...]) -> Callable[..., Any]:
-    """See `kernels.scanner`."""
-
-    def scan_rows(queries: Tensor, k: int, precision: str) -> tuple[Tensor, Tensor]:
-        return scan(queries, packed, scales, bias, None, bands, k, precision)
-
-    return Relaunched(scan_rows)
 
 
 class Arranged(NamedTuple):
