@@ -91,7 +91,7 @@ def select(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise InvalidInputError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if device.type not in ("cpu", "cuda"):
-        raise BackendError(f"the codes must be on a cpu or cuda device, got {device}; move the index with .to('cpu')")
+        raise BackendError(f"the codes must be on a cpu or cuda device, got {device}; move index or model with .to('cpu')")
     installed = find_spec("triton") is not None
     if backend == "auto":
         return "triton" if device.type == "cuda" and installed else "reference"
@@ -100,7 +100,7 @@ def select(backend: str, device: torch.device) -> str:
             raise BackendError("backend 'triton' needs Triton, which is not installed: pip install triton")
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendError(
-                "backend 'triton' needs the codes on a GPU, got cpu; move the index with .to('cuda'), or set "
+                "backend 'triton' needs the codes on a GPU, got cpu; move index or model with .to('cuda'), or set "
                 "TRITON_INTERPRET=1 to run the kernels slowly in Triton's interpreter"
             )
     return backend
