@@ -91,7 +91,9 @@ def select(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise InvalidInputError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if device.type not in ("cpu", "cuda"):
-        raise BackendError(f"the codes must be on a cpu or cuda device, got {device}; move index or model with .to('cpu')")
+        raise BackendError(
+            f"the codes must be on a cpu or cuda device, got {device}; move index or model with .to('cpu')"
+        )
     installed = find_spec("triton") is not None
     if backend == "auto":
         return "triton" if device.type == "cuda" and installed else "reference"
