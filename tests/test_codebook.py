@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from tqsearch.codebook import BetaLaw, NormalLaw, lloyd_max, on_grid
+from tqsearch.codebook import BetaLaw, NormalLaw, even, lloyd_max, on_grid
 from tqsearch.errors import InvalidInputError
 
 DIMS = [None, 2, 3, 4, 8, 128, 1536]
@@ -72,6 +72,27 @@ def test_equals_scipys_solution_of_the_centroid_equations(oracle, bits, dim):
     np.testing.assert_allclose(book.levels, levels, rtol=0, atol=1e-9)
     np.testing.assert_allclose(book.boundaries, boundaries, rtol=0, atol=1e-9)
     assert book.distortion == pytest.approx(oracle.distortion(bits, dim), rel=1e-7)
+
+
+@pytest.mark.parametrize("dim", [None, 3, 8, 24, 63, 1536])
+@pytest.mark.parametrize("bits", [1, 2, 5, 6, 7, 8])
+def test_even_levels_are_the_best_of_equal_distance(oracle, bits, dim):
+    """Beside a search for the step of least error, where the error, known to 1e-12 of itself, is flat: to 1e-5."""
+    levels, error = oracle.even(bits, dim)
+    book = even(bits, dim)
+    np.testing.assert_allclose(book.levels, levels, rtol=1e-5)
+    assert book.distortion == pytest.approx(error, rel=1e-7)
+    np.testing.assert_allclose(np.diff(book.levels), book.levels[-1] - book.levels[-2], rtol=1e-12)
+    np.testing.assert_array_equal(book.levels, -book.levels[::-1])
+    np.testing.assert_allclose(book.boundaries, (book.levels[1:] + book.levels[:-1]) / 2, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_even_levels_where_the_best_are_even(bits):
+    """At one bit, and on the sphere of R^3."""
+    np.testing.assert_allclose(even(1, 17).levels, lloyd_max(1, 17).levels, rtol=1e-12)
+    np.testing.assert_allclose(even(bits, 3).levels, lloyd_max(bits, 3).levels, rtol=1e-9)
+    assert even(bits, 1).levels.tolist() == lloyd_max(bits, 1).levels.tolist()
 
 
 def test_eight_bits_of_the_normal_law(oracle):

@@ -166,6 +166,35 @@ def lloyd_max(bits: int, dim: int | None = None) -> Codebook:
     return Codebook(bits, levels, boundaries, _distortion(law, half))
 
 
+@lru_cache(maxsize=64)
+def even(bits: int, dim: int | None = None) -> Codebook:
+    """The levels of equal distance, symmetric about zero, of least mean squared error: decoded without a table.
+
+    level[i] = (i - (2**bits - 1) / 2) step. Boundaries lie halfway, and the outermost cells reach to the law's end. As
+    a boundary's place does not matter to first order, the best step is where the sum over cells of (i - (2**bits - 1) /
+    2) E (u - level[i]; u in cell i) vanishes. At 6 and 8 bits of N(0, 1) the distortion is 1.04e-3 and 8.77e-5, where
+    `lloyd_max` has 6.44e-4 and 4.12e-5.
+
+    Args:
+        bits: width, 1 to 8.
+        dim: as for `lloyd_max`.
+    """
+    _check_bits(bits)
+    if dim == 1:
+        return lloyd_max(bits, dim)
+    law, places = law_of(dim), np.arange(2 ** (bits - 1)) + 0.5
+    low, high = 0.0, min(law.top, 10.0) / float(places[-1])  # there the outermost level lies too far out
+    while (step := 0.5 * (low + high)) not in (low, high):  # by halves, to rounding
+        mass, first = law.moments(_edges(law, places * step))
+        if float((places * (first - places * step * mass)).sum()) > 0.0:
+            low = step
+        else:
+            high = step
+    half = places * step
+    levels = np.concatenate([-half[::-1], half])
+    return Codebook(bits, levels, np.arange(1 - 2 ** (bits - 1), 2 ** (bits - 1)) * step, _distortion(law, half))
+
+
 def _edges(law: Law, half: Array) -> Array:
     return np.concatenate([[0.0], 0.5 * (half[1:] + half[:-1]), [law.top]])
 

@@ -3,6 +3,9 @@
 The trellis (`trellis`) takes the bytes of the scalar levels (`codebook`) and has less error; encoding takes longer. It
 has widths of 1 to 4 bits. Beside them a plan may have bands of 0, 6 and 8 bits, which learnt axes need: they are left
 out of the path, and those of 6 and 8 bits are scalar codes, whose bytes follow the trellis's.
+
+Scalar levels are "optimal", Lloyd and Max's, or "even": above 4 bits of equal distance, which a GPU decodes without a
+table (decision 012). Indexes of learnt axes have even levels, but for those that older versions wrote.
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ from __future__ import annotations
 from typing import Literal
 
 from tqsearch import trellis
-from tqsearch.codebook import lloyd_max
+from tqsearch.codebook import Codebook, even, lloyd_max
 from tqsearch.errors import InvalidInputError
 from tqsearch.plan import Band, BitPlan
 
 Codec = Literal["scalar", "trellis"]
 CODECS = ("scalar", "trellis")
+Levels = Literal["optimal", "even"]
 
 _BESIDE = (0, 6, 8)  # widths that a trellis's plan may have beside those of the trellis
 
@@ -45,17 +49,23 @@ def along_path(codec: Codec, width: int) -> bool:
     return codec == "trellis" and width not in _BESIDE
 
 
-def distortion(codec: Codec, width: int, law_dim: int | None = None) -> float:
+def scalar_codebook(width: int, law_dim: int | None = None, levels: Levels = "optimal") -> Codebook:
+    """The scalar levels of a width; `law_dim` as for `lloyd_max`."""
+    return even(width, law_dim) if levels == "even" and width > 4 else lloyd_max(width, law_dim)
+
+
+def distortion(codec: Codec, width: int, law_dim: int | None = None, levels: Levels = "optimal") -> float:
     """The expected squared error of a coordinate of variance 1.
 
     Args:
         codec: which.
         width: bits.
         law_dim: the law of a coordinate, as for `lloyd_max`; the trellis's levels are those of N(0, 1) in any case.
+        levels: of scalar codes.
     """
     if along_path(codec, width):
         return trellis.trellis_codebook(width).distortion
-    return lloyd_max(width, law_dim).distortion
+    return scalar_codebook(width, law_dim, levels).distortion
 
 
 def band_bytes(codec: Codec, size: int, width: int) -> int:

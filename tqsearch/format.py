@@ -6,8 +6,8 @@ reader can open it, and loading runs no code. Its metadata are strings, in this 
 
 ========== ==========================================================================================================
 `format`   "tqsearch-index": the first entry, so that a file of ours begins, after its length, with a fixed text
-`version`  "1", "2" for an index of learnt axes, "3" for one of trellis codes: the version of this specification that
-           the file needs; a reader refuses a larger one
+`version`  "1", "2" for an index of learnt axes, "3" for one of trellis codes, "4" for one of learnt axes and even
+           levels: the version of this specification that the file needs; a reader refuses a larger one
 `header`   JSON, keys sorted: `dim`, `metric` ("ip", "cosine", "l2"), `plan` ([[size, width], ...]), `rotation`
            ("hadamard", "dense", "identity"), `seed`, `count` (vectors), `next_id` (one more than the largest id ever
            given); in version 2 also `learnt_plan` ([[size, width], ...], what the codes follow, `plan` being what was
@@ -48,6 +48,9 @@ Version 3 has trellis codes. The header has the entry `codec`, "trellis", and th
 which case version 2's tensors hold. A row of `packed` is the codes of the bands of 1 to 4 bits, by `trellis`: its taps,
 its levels, its `pack`; then those of the bands of 6 and 8 bits as before. What is coded is the same: the rotated
 coordinates, scaled to squared norm `dim`, or those of learnt axes as in version 2. Widths are 0 to 4, 6 and 8.
+
+Version 4 has learnt axes with bands of more than 4 bits, and the entry `levels`, "even": those bands are by
+`codebook.even` in place of `lloyd_max`. Else it is version 2, or with the entry `codec` version 3.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ from tqsearch.plan import BitPlan
 from tqsearch.segments import Columns
 
 FORMAT = "tqsearch-index"
-VERSION = 3
+VERSION = 4
 _PREFIX = b'{"__metadata__":{"format":"' + FORMAT.encode() + b'"'
 _ORDER = ("ids", "centre", "axes", "deviations", "bias", "scales", "packed")
 _DTYPES = {dtype: tensor_file.DTYPES[dtype] for dtype in (torch.int64, torch.float32, torch.float16, torch.uint8)}
@@ -94,10 +97,13 @@ class Header:
     learnt_plan: list[tuple[int, int]] | None = None
     keeps_product: bool | None = None
     codec: str | None = None  # None for "scalar"
+    levels: str | None = None  # None for "optimal"
 
     @property
     def version(self) -> int:
         """The version of the format that the index needs."""
+        if self.levels is not None:
+            return 4
         if self.codec is not None:
             return 3
         return 1 if self.learnt_plan is None else 2
@@ -253,6 +259,8 @@ def _parsed(path: str | os.PathLike[str], metadata: dict[str, str]) -> Header:
             raise ValueError(f"version {metadata['version']} does not go with its entries")
         if header.codec not in (None, "trellis"):
             raise ValueError(f"codec is {header.codec!r}")
+        if header.levels not in (None, "even") or (header.levels and header.learnt_plan is None):
+            raise ValueError(f"levels are {header.levels!r}")
         if type(header.keeps_product) not in (bool, type(None)):
             raise ValueError(f"keeps_product is {header.keeps_product!r}")
         if not all(type(n) is int for n in (header.dim, header.seed, header.count, header.next_id)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tqsearch import format as file_format
-from tqsearch.codec import Codec
+from tqsearch.codec import Codec, Levels
 from tqsearch.contents import Contents
 from tqsearch.errors import CorruptFileError, InvalidInputError
 from tqsearch.estimator import Estimator
@@ -39,6 +39,7 @@ def write(path: str | os.PathLike[str], plan: BitPlan, estimator: Estimator, con
         learnt_plan=None if basis is None else quantizer.plan.pairs(),
         keeps_product=None if basis is None else estimator.keeps_product,
         codec=None if quantizer.codec == "scalar" else quantizer.codec,
+        levels="even" if basis is not None and basis.even else None,
     )
     segments = [columns for _, columns in contents.rows.runs()]
     if contents.in_order:
@@ -63,6 +64,7 @@ def read(path: str | os.PathLike[str], device: torch.device, backend: str) -> tu
     header, columns, constants = file_format.read(path)
     metric: Metric = header.metric  # type: ignore[assignment]  # checked by the recipe
     codec: Codec = header.codec or "scalar"  # type: ignore[assignment]  # likewise
+    levels: Levels = header.levels or "optimal"  # type: ignore[assignment]  # likewise
     try:
         plan = BitPlan.from_pairs(header.plan)
         recipe = Recipe(header.dim, plan, metric, header.rotation, header.seed, codec, backend)
@@ -71,7 +73,7 @@ def read(path: str | os.PathLike[str], device: torch.device, backend: str) -> tu
             basis = None
             if header.learnt_plan is not None:
                 learnt_plan = BitPlan.from_pairs(header.learnt_plan)
-                basis = Basis(learnt_plan, constants["axes"].clone(), constants["deviations"].clone(), codec)
+                basis = Basis(learnt_plan, constants["axes"].clone(), constants["deviations"].clone(), codec, levels)
             estimator = recipe.estimator(constants["centre"].clone(), basis, header.keeps_product is not False)
     except InvalidInputError as error:
         raise CorruptFileError(f"{path} is not consistent: its header asks for what cannot be ({error})") from error

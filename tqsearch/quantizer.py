@@ -13,8 +13,8 @@ from torch import Tensor
 from tqsearch import codec as codecs
 from tqsearch import kernels
 from tqsearch.arrays import ArrayLike, as_device, as_matrix, like
-from tqsearch.codebook import MAX_BITS, Codebook, lloyd_max, on_grid
-from tqsearch.codec import Codec
+from tqsearch.codebook import MAX_BITS, Codebook, on_grid
+from tqsearch.codec import Codec, Levels
 from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BandTable
 from tqsearch.plan import NUMBER, Band, BitPlan
@@ -195,14 +195,16 @@ class TurboQuantizer:
         if device not in self._tables:
             tables = []
             law = self.scanned_dim
+            spacing: Levels = "optimal" if self.basis is None else self.basis.levels
             bands = self.plan.bands if self.basis is None else self.basis.scanned_bands
             for band in bands:
                 if codecs.along_path(self.codec, band.width):
                     tables.append(_trellis_table(band, device))
                     continue
-                book = lloyd_max(band.width, law)
+                book = codecs.scalar_codebook(band.width, law, spacing)
                 boundaries, levels = (torch.from_numpy(t).float().to(device) for t in (book.boundaries, book.levels))
-                tables.append(BandTable(band.size, band.width, boundaries, levels, *_integers(book, law)))
+                integers = _even_integers(book) if spacing == "even" and band.width > 4 else _integers(book, law)
+                tables.append(BandTable(band.size, band.width, boundaries, levels, *integers))
             self._tables[device] = tuple(tables)
         return self._tables[device]
 
@@ -384,6 +386,13 @@ def _integers(book: Codebook, dim: int) -> tuple[tuple[int, ...], float, float]:
         return tuple(grid.steps.tolist()), grid.offset, grid.step
     grid = on_grid(book, 127.0, dim)
     return tuple((grid.steps - 127).tolist()), 0.0, grid.step
+
+
+def _even_integers(book: Codebook) -> tuple[tuple[int, ...], float, float]:
+    """`_integers` of levels of equal distance: the code, less 128 at 8 bits."""
+    first = -128 if book.bits == 8 else 0
+    numbers = tuple(range(first, first + 2**book.bits))
+    return numbers, 0.5 * (numbers[0] + numbers[-1]), float(book.levels[1] - book.levels[0])
 
 
 def _less_one(bits: float | BitPlan) -> float | BitPlan:

@@ -120,26 +120,28 @@ def held_pool(metric: Any, kind: str) -> Held:
     elif learn == "axes":
         content = parse_trained(empty)
         estimates = content.encode(pool)
-        distortion = shares(content.double("deviations") ** 2, content.widths, NORMAL)
+        even = {width: content.distortion(width) for _, width in content.plan}
+        errors = even if "levels" in content.header else NORMAL
+        distortion = shares(content.double("deviations") ** 2, content.widths, errors)
         w = content.residuals(pool) @ content.double("axes").T / content.sigma
-        coded = bands(w, content.plan)
+        coded = bands(w, content.plan, content.table)
     else:
         estimates = estimate(pool, PLAN, SEED, metric, centre)
         distortion = mean_distortion(PLAN)
         vectors = pool.astype(np.float64)
         vectors = (unit_rows(vectors) if metric == "cosine" else vectors) - centre
-        coded = bands(vectors @ rotation(DIM, SEED).T, PLAN)
+        coded = bands(vectors @ rotation(DIM, SEED).T, PLAN, lambda width: levels(width, DIM))
     rounding = 2.0**-10 if half else 2.0**-19
     moved = metric == "l2" or keeps
     return Held(metric, pool, empty, estimates, bias, centre, moved, rounding, distortion, reader, coded)
 
 
-def bands(rows: np.ndarray, plan: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def bands(rows: np.ndarray, plan: Any, table: Callable[[int], np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows scaled to squared norm m, cut into the plan's bands, with the levels of each."""
     m, start, found = rows.shape[1], 0, []
     rows = np.sqrt(m) * unit_rows(rows)
     for size, width in plan:
-        found.append((rows[:, start : start + size], levels(width, m)))
+        found.append((rows[:, start : start + size], table(width)))
         start += size
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from container import kinds, take_apart
-from scipy import special
+from scipy import optimize, special
 
 Pairs = tuple[tuple[int, int], ...]  # (size, width) of each band
 
@@ -82,6 +82,23 @@ def distortion(width: int, dim: int) -> float:
     edges = np.concatenate([[-1.0], (table[1:] + table[:-1]) / 2 / np.sqrt(dim), [1.0]])
     mass = np.diff(special.betainc(a, a, (1 + edges) / 2))
     return float(1 - (mass * table**2).sum())
+
+
+@lru_cache
+def even_levels(width: int, dim: int) -> tuple[np.ndarray, float]:
+    """Levels of equal distance about zero of least E (u - level)^2, which is minimized as a number, and that error."""
+    a, places = (dim - 1) / 2, np.arange(2**width) - (2**width - 1) / 2
+
+    def error(step: float) -> float:
+        edges = np.concatenate([[0.0], np.clip((1 + (places[1:] - 0.5) * step / np.sqrt(dim)) / 2, 0, 1), [1.0]])
+        mass = np.diff(special.betainc(a, a, edges))
+        first = np.sqrt(dim) * (np.diff(special.betainc(a + 1, a, edges)) - mass)  # of u = sqrt(dim) (2 t - 1)
+        return float(1 - 2 * (places * step * first).sum() + ((places * step) ** 2 * mass).sum())
+
+    best = optimize.minimize_scalar(
+        error, bounds=(0, 2 * min(np.sqrt(dim), 10) / 2**width), method="bounded", options={"xatol": 1e-12}
+    )
+    return places * best.x, float(best.fun)
 
 
 def mean_distortion(plan: Pairs) -> float:

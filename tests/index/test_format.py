@@ -198,7 +198,7 @@ class TestForged:
         """Of a later version nothing is understood, not even whether its header is well formed."""
         for header in (good.header, {"new": "header"}):
             content = put_together(header, good.tensors, version)
-            self.refused(tmp_path, content, NewerFormatError, f"version {version}, .* up to 3; upgrade tqsearch")
+            self.refused(tmp_path, content, NewerFormatError, f"version {version}, .* up to 4; upgrade tqsearch")
 
     @pytest.mark.parametrize("version", ["", "0", "-1", "1.0", "x", " 1", "²", "9" * 5000])
     def test_no_version(self, tmp_path: Path, good: Any, version: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from container import put_together
 from golden_recipes import FOLDER
 from index_oracle import check_top_k
-from learnt_rows import rows
+from learnt_rows import made, rows
 from trained_oracle import Trained, parse_trained
 
 from tqsearch.errors import CorruptFileError
@@ -22,8 +22,30 @@ def test_a_file_written_by_hand_is_the_index(tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == (FOLDER / "axes-l2.tqindex").read_bytes()
 
 
+def test_levels_of_version_2_stay_optimal(tmp_path: Path) -> None:
+    """A file of wide bands without the entry means other scores, and is written as it was read."""
+    made("l2", 3).save(tmp_path / "new")
+    new = parse_trained((tmp_path / "new").read_bytes())
+    assert any(width > 4 for _, width in new.plan)
+    header = {name: entry for name, entry in new.header.items() if name != "levels"}
+    (tmp_path / "old").write_bytes(put_together(header, new.tensors, "2"))
+    old = parse_trained((tmp_path / "old").read_bytes())
+    index, queries = TurboQuantIndex.load(tmp_path / "old"), rows(9, 2)
+    got: Any = index.search(queries, 7)
+    check_top_k(got, *old.similarity(queries), old.ids, 7, index.metric)
+    scores, slack = old.similarity(queries)
+    assert np.abs(scores - new.similarity(queries)[0]).max() > 100 * slack.max()
+    index.save(tmp_path / "again")
+    again = parse_trained((tmp_path / "again").read_bytes())
+    assert again.header == old.header
+    np.testing.assert_array_equal(again.tensors["packed"], old.tensors["packed"])
+
+
 FORGED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "version 1": ({}, {}, "1"),
+    "version 4 without levels": ({}, {}, "4"),
+    "levels of version 2": ({"levels": "even"}, {}, "2"),
+    "unknown levels": ({"levels": "odd"}, {}, "4"),
     "no learnt plan": ({"learnt_plan": None}, {}, "2"),
     "nothing of version 2": ({"learnt_plan": None, "keeps_product": None}, {}, "2"),
     "keeps_product is a number": ({"keeps_product": 1}, {}, "2"),

