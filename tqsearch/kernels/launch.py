@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import knobs
 from triton.compiler import CompiledKernel
 
-from tqsearch.kernels.relaunch import Launch, launched
+from tqsearch.kernels.relaunch import Launch, hooked, launched
 
 MOST = 1024  # variants kept of a kernel
 
@@ -54,7 +53,7 @@ class Launcher:
             **options: of the compiler.
         """
         known = self._known.get(key)
-        if known is not None and knobs.runtime.launch_enter_hook is None:
+        if known is not None and not hooked():
             compiled, made_before = known
             addresses = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
             stream = torch._C._cuda_getCurrentRawStream(arguments[0].device.index)

@@ -44,6 +44,12 @@ def launched(launch: Launch | None) -> None:
         launches.append(launch)
 
 
+def hooked() -> bool:
+    """Whether somebody, such as a profiler, is to be told of each launch: Triton does that."""
+    hook = knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
 class Relaunched:
     """A function of rows on a GPU whose launches are made again, where it does nothing but allocate and launch.
 
@@ -60,7 +66,7 @@ class Relaunched:
 
     def __call__(self, rows: Tensor, *settings: Hashable) -> Outputs:
         """What the function returns for rows and settings."""
-        if not (rows.is_cuda and rows.is_contiguous()) or knobs.runtime.launch_enter_hook is not None:
+        if not (rows.is_cuda and rows.is_contiguous()) or hooked():
             return self._function(rows, *settings)
         key = (rows.shape, rows.dtype, rows.data_ptr() % 16, settings)
         program = self._programs.get(key, _NEW)
