@@ -33,24 +33,25 @@ class Config(NamedTuple):
 # Chosen on an H200; by the widest band's width and the queries, up to so many.
 _CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
     1: (
-        (8, Config(8, 128, 64, 2, 3, 8, True)),
+        (8, Config(8, 128, 32, 1, 3, 12, True)),
         (16, Config(16, 128, 128, 2, 3, 4, True)),
         (64, Config(64, 128, 128, 4, 3, 2, True)),
         (128, Config(128, 64, 256, 8, 2, 1, True)),
     ),
     2: (
-        (8, Config(8, 128, 64, 2, 3, 4, True)),
+        (8, Config(8, 128, 32, 1, 3, 8, True)),
         (16, Config(16, 128, 64, 2, 3, 4, True)),
         (64, Config(64, 128, 128, 4, 2, 2, True)),
         (128, Config(64, 64, 128, 4, 2, 2, True)),
     ),
     3: (
+        (8, Config(8, 64, 64, 4, 3, 3, True)),
         (16, Config(16, 64, 64, 4, 3, 3, True)),
         (64, Config(64, 32, 128, 4, 3, 0, False)),
         (128, Config(128, 32, 128, 4, 2, 2, False)),
     ),
     4: (
-        (8, Config(8, 128, 128, 4, 3, 0, False)),
+        (8, Config(8, 128, 64, 2, 4, 0, False)),
         (16, Config(16, 128, 128, 4, 3, 0, False)),
         (64, Config(64, 64, 128, 4, 3, 0, False)),
         (128, Config(128, 64, 128, 4, 3, 2, False)),

@@ -146,14 +146,14 @@ def _band_sums(
     BAND: tl.constexpr,
     CONSTANTS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EXACT: tl.constexpr,
     EVEN_ROWS: tl.constexpr,
 ):
-    """`_band_products` for one query, (TILE,), by sums in place of a matrix product."""
+    """`_band_products` for one query, (ROWS,), by sums in place of a matrix product."""
     DTYPE: tl.constexpr = tl.float32 if EXACT else tl.int32
-    acc = tl.zeros((TILE,), DTYPE)
+    acc = tl.zeros((ROWS,), DTYPE)
     for start in range(0, CONSTANTS[1], BLOCK_C):
         parts = _parts(codes_ptr, rows, start, tables_ptr, ROW, BAND, CONSTANTS, ASSEMBLY, BLOCK_C, EVEN_ROWS)
         for p in tl.static_range(len(parts)):
@@ -306,23 +306,26 @@ def rescore_kernel(
     BANDS: tl.constexpr,
     ASSEMBLIES: tl.constexpr,
     TILE: tl.constexpr,
+    ROWS: tl.constexpr,  # of a program, a part of a tile
     BLOCK_C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EXACT: tl.constexpr,
     EVEN_ROWS: tl.constexpr,
 ):
-    """Scores one chosen tile of rows against one query, by sums in place of a matrix product."""
-    query = (first_query + tl.program_id(0) // k).to(tl.int64)
-    place = tl.load(tiles_ptr + tl.program_id(0).to(tl.int64)) * TILE + tl.arange(0, TILE)
+    """Scores rows of one chosen tile against one query, by sums in place of a matrix product."""
+    chosen = tl.program_id(0) // (TILE // ROWS)
+    within = tl.program_id(0) % (TILE // ROWS) * ROWS + tl.arange(0, ROWS)
+    query = (first_query + chosen // k).to(tl.int64)
+    place = tl.load(tiles_ptr + chosen.to(tl.int64)) * TILE + within
     inside = place < n
     rows = tl.where(inside, place, n - 1)
-    score = tl.zeros((TILE,), tl.float32)
+    score = tl.zeros((ROWS,), tl.float32)
     for b in tl.static_range(len(BANDS)):
         # fmt: off
         acc = _band_sums(
             codes_ptr, rows, values_ptr, query, tables_ptr, ROW, SLOTS, b, tl.constexpr(BANDS[b]),
-            tl.constexpr(ASSEMBLIES[b]), TILE, BLOCK_C, EXACT, EVEN_ROWS)
+            tl.constexpr(ASSEMBLIES[b]), ROWS, BLOCK_C, EXACT, EVEN_ROWS)
         # fmt: on
         alpha = tl.load(alpha_ptr + b * alpha_stride + query)
         beta = tl.load(beta_ptr + b * alpha_stride + query)
@@ -333,7 +336,7 @@ def rescore_kernel(
     if HAS_MASK:
         bias = tl.where(tl.load(mask_ptr + rows) != 0, bias, float("-inf"))
     score = score * tl.load(scales_ptr + rows).to(tl.float32) + bias
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), score)
+    tl.store(out_ptr + chosen.to(tl.int64) * TILE + within, score)
 
 
 @triton.jit(do_not_specialize=["q", "dim", "alpha_stride"])
