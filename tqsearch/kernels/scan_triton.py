@@ -32,6 +32,7 @@ from tqsearch.kernels.scan_layout import Layout, entries, layout_of
 from tqsearch.kernels.scan_top_triton import best_kernel, choose_kernel, group_kernel
 
 _FEW = 32  # the largest k whose best tiles and rows one program picks
+_FEW_QUERIES = 16  # so few that a program for each of their best tiles would leave most of a GPU idle
 
 _launch_arrange, _launch_scan, _launch_group, _launch_choose, _launch_rescore, _launch_best = map(
     Launcher, (arrange_kernel, scan_kernel, group_kernel, choose_kernel, rescore_kernel, best_kernel)
@@ -122,6 +123,7 @@ class Scanner:
         if config is None:
             config = config_for(len(queries), _shapes(bands), exact, _multiprocessors(self.device)[1])
         self.config = config
+        self._rescored = min(config.tile, 16) if len(queries) <= _FEW_QUERIES else config.tile  # rows a program
         key = tuple([(b.size, b.width, b.codec, *entries(b, exact)) for b in bands])
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
         self.layout = layout = layout_of(key, config.block_c, exact, aligned, packed.device)
@@ -205,7 +207,7 @@ class Scanner:
         ends = -(-tiles // group)
         groups = self._empty(count, ends)
         chosen = torch.empty((count, k), dtype=torch.int64, device=self.device)
-        block = 4096 // group
+        block = max(1, 1024 // group)
         _launch_group(
             (count * -(-ends // block), 1, 1),
             (group, self.device),
@@ -228,10 +230,10 @@ class Scanner:
         count, k = tiles.shape
         out = self._empty(count, k * self.config.tile)
         _launch_rescore(
-            (count * k, 1, 1),
-            (*self._key, *variant((tiles,), ())),
+            (count * k * (self.config.tile // self._rescored), 1, 1),
+            (self._rescored, *self._key, *variant((tiles,), ())),
             (*self._operands, tiles, out, first_query, self.rows, k, self._alpha_stride),
-            self._constants,
+            lambda: {"ROWS": self._rescored, **self._constants()},
             num_warps=4,
         )
         return out
@@ -269,7 +271,7 @@ def _compile_together(scanner: Scanner, tiles: int, k: int) -> None:
     """Runs the steps side by side, for one query and on numbers of no meaning: a compiler takes a second for each."""
     stream = torch.cuda.current_stream(scanner.device)
     chosen = torch.zeros((1, k), dtype=torch.int64, device=scanner.device)
-    numbers = torch.zeros((1, max(tiles, k * scanner.config.tile)), device=scanner.device)
+    numbers = torch.zeros((1, max(tiles, k * scanner.config.tile)), dtype=torch.float32, device=scanner.device)
 
     def choose_and_sort() -> None:
         scanner.choose(numbers[:, :tiles], k)
