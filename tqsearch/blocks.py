@@ -67,7 +67,7 @@ def _sent(rows: Tensor, device: torch.device, size: int) -> Iterator[tuple[int, 
     """`_moved` from host memory to a GPU: two buffers on each side, so that a copy and the work overlap."""
     size = min(size, len(rows))
     shape = (size, rows.shape[1])
-    pinned = [torch.empty(shape, dtype=rows.dtype, pin_memory=True) for _ in range(2)]
+    pinned = [torch.empty(shape, dtype=rows.dtype, device="cpu", pin_memory=True) for _ in range(2)]
     staged = [torch.empty(shape, dtype=rows.dtype, device=device) for _ in range(2)]
     sent, used = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))  # type: ignore[no-untyped-call]
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -102,7 +102,7 @@ class Contents:
                 )
             return torch.from_numpy(values.copy()).to(self.device)[self.ids]  # any strides, read-only
         rows = self._map.rows(as_ids(values, "allow"))
-        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask = torch.zeros(len(self), dtype=torch.bool, device="cpu")
         mask[torch.from_numpy(rows[rows >= 0])] = True
         return mask.to(self.device)
 

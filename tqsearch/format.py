@@ -298,6 +298,6 @@ def _check_columns(path: str | os.PathLike[str], header: Header, columns: Column
     found = {name: (column.dtype, tuple(column.shape)) for name, column in columns.items()}
     if found != wanted:
         raise CorruptFileError(f"{path} is not consistent: its header asks for tensors {wanted}, it holds {found}")
-    ids = columns.get("ids", torch.tensor([count - 1]))
+    ids = columns.get("ids", torch.tensor([count - 1], device="cpu"))
     if count and (ids.min() < 0 or ids.max() >= header.next_id or len(ids.unique()) != len(ids)):
         raise CorruptFileError(f"{path} is not consistent: its ids are not distinct numbers below {header.next_id}")

@@ -20,6 +20,7 @@ from tqsearch.contents import LARGEST_ID, Contents, check_distinct, new_ids
 from tqsearch.errors import InvalidInputError
 from tqsearch.estimator import Estimator
 from tqsearch.locks import ReadWriteLock
+from tqsearch.modes import plainly
 from tqsearch.plan import BitPlan
 from tqsearch.quantizer import Codes, TurboQuantizer
 from tqsearch.recipe import Metric, Recipe
@@ -183,6 +184,7 @@ class TurboQuantIndex:
             self._searcher = None
             yield
 
+    @plainly
     def train(
         self, sample: ArrayLike, queries: ArrayLike | None = None, *, learn: Literal["axes", "centre"] = "axes"
     ) -> None:
@@ -215,6 +217,7 @@ class TurboQuantIndex:
                 raise InvalidInputError(f"train must come before add, got an index of {len(self._contents)} vectors")
             self._estimator = taught
 
+    @plainly
     def add(self, vectors: ArrayLike, ids: IdsLike | None = None) -> None:
         """Adds vectors. Adding in parts makes the same index, byte for byte, as adding at once, unless train="auto".
 
@@ -266,6 +269,7 @@ class TurboQuantIndex:
     def _encode(self, rows: Tensor, estimator: Estimator, device: torch.device) -> Columns:
         return encode_blocks(rows, device, estimator.encode, slow=self.codec == "trellis")
 
+    @plainly
     def remove(self, ids: IdsLike) -> None:
         """Removes vectors; their space is filled from the end and reused.
 
@@ -288,6 +292,7 @@ class TurboQuantIndex:
 
     # Look-ups
 
+    @plainly
     def reconstruct(self, ids: IdsLike) -> Tensor | npt.NDArray[np.float32]:
         """Approximate vectors of ids, with the least squared error the codes allow.
 
@@ -307,11 +312,12 @@ class TurboQuantIndex:
             columns = self._contents.rows.gather(rows) if len(self._contents) else None
             quantizer = self._quantizer
         if columns is None:
-            vectors = torch.empty((0, self.dim), device=self.device)
+            vectors = torch.empty((0, self.dim), dtype=torch.float32, device=self.device)
         else:
             vectors = quantizer.decode(Codes(columns["packed"], columns["scales"]))
         return vectors if isinstance(ids, Tensor) else vectors.cpu().numpy()
 
+    @plainly
     def search(
         self, queries: ArrayLike, k: int = 10, *, allow: IdsLike | None = None, precision: str = "int8"
     ) -> tuple[ArrayLike, ArrayLike]:
@@ -356,6 +362,7 @@ class TurboQuantIndex:
 
     # Elsewhere
 
+    @plainly
     def to(self, device: str | torch.device) -> TurboQuantIndex:
         """Moves the index to a device, in place, and returns it."""
         target = as_device(device)
@@ -370,6 +377,7 @@ class TurboQuantIndex:
             index_file.write(path, self._recipe.plan, self._estimator, self._contents)
 
     @classmethod
+    @plainly
     def load(
         cls, path: str | os.PathLike[str], device: str | torch.device | None = None, *, backend: str = "auto"
     ) -> TurboQuantIndex:

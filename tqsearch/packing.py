@@ -118,8 +118,9 @@ def unpack_band(packed: Tensor, band: Band) -> Tensor:
     for plane in planes_of(band.width):
         size = -(-band.size * plane // 8)
         order = FIELD_ORDER[plane]
-        places = torch.tensor([order.index(i) * plane for i in range(len(order))], dtype=torch.uint8).to(packed.device)
-        fields = (packed[:, byte : byte + size, None] >> places) & ((1 << plane) - 1)
+        places = [order.index(i) * plane for i in range(len(order))]
+        shifts = torch.tensor(places, dtype=torch.uint8, device="cpu").to(packed.device)
+        fields = (packed[:, byte : byte + size, None] >> shifts) & ((1 << plane) - 1)
         codes |= fields.flatten(1)[:, : band.size] << shift
         byte += size
         shift += plane

@@ -13,15 +13,16 @@ from torch import Tensor
 from tqsearch import codec as codecs
 from tqsearch import kernels
 from tqsearch.arrays import ArrayLike, as_device, as_matrix, like
-from tqsearch.codebook import MAX_BITS, Codebook, on_grid
+from tqsearch.band_tables import band_tables
+from tqsearch.codebook import MAX_BITS
 from tqsearch.codec import Codec, Levels
 from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BandTable
-from tqsearch.plan import NUMBER, Band, BitPlan
+from tqsearch.modes import plainly
+from tqsearch.plan import NUMBER, BitPlan
 from tqsearch.qjl import QJL
 from tqsearch.rotation import Hadamard, make_rotation
 from tqsearch.training.basis import Basis
-from tqsearch.trellis import trellis_codebook
 
 Form = Literal["mse", "prod"]
 
@@ -193,21 +194,12 @@ class TurboQuantizer:
     def tables(self, device: torch.device) -> tuple[BandTable, ...]:
         """The plan's bands with their float32 tables on a device, as the kernels take them."""
         if device not in self._tables:
-            tables = []
-            law = self.scanned_dim
-            spacing: Levels = "optimal" if self.basis is None else self.basis.levels
             bands = self.plan.bands if self.basis is None else self.basis.scanned_bands
-            for band in bands:
-                if codecs.along_path(self.codec, band.width):
-                    tables.append(_trellis_table(band, device))
-                    continue
-                book = codecs.scalar_codebook(band.width, law, spacing)
-                boundaries, levels = (torch.from_numpy(t).float().to(device) for t in (book.boundaries, book.levels))
-                integers = _even_integers(book) if spacing == "even" and band.width > 4 else _integers(book, law)
-                tables.append(BandTable(band.size, band.width, boundaries, levels, *integers))
-            self._tables[device] = tuple(tables)
+            levels: Levels = "optimal" if self.basis is None else self.basis.levels
+            self._tables[device] = band_tables(bands, self.codec, self.scanned_dim, levels, device)
         return self._tables[device]
 
+    @plainly
     def encode(self, vectors: ArrayLike) -> Codes:
         """Codes of vectors; equal vectors have equal codes, whatever batch they come in.
 
@@ -247,7 +239,7 @@ class TurboQuantizer:
         """The sum over axes of y sigma levels weighs each by its variance, so it is taken here, not in the kernel."""
         device, tables = matrix.device, self.tables(matrix.device)
         axes, sigma = basis.tensors(device)
-        centre = torch.zeros(self.dim) if self.centre is None else self.centre
+        centre = torch.zeros(self.dim, dtype=torch.float32) if self.centre is None else self.centre
         centre = centre.to(device).double()
         parts = []
         for block in torch.split(matrix, max(1, _BASIS_BLOCK // self.dim)):
@@ -261,7 +253,7 @@ class TurboQuantizer:
             largest = spread.abs().amax(dim=1, keepdim=True)  # float32 neither overflows nor vanishes
             spread = spread / torch.where(largest > 0, largest, 1.0)
             packed = kernels.encode(spread.float(), tables, backend=self.backend).packed
-            ones = torch.ones(len(packed), device=device)
+            ones = torch.ones(len(packed), dtype=torch.float32, device=device)
             levels = kernels.reconstruct(packed, ones, tables, backend=self.backend).double()
             dots = (coordinates * sigma * levels).sum(dim=1)
             squares = coordinates.square().sum(dim=1)
@@ -269,7 +261,7 @@ class TurboQuantizer:
             norms = torch.linalg.vector_norm(rows, dim=1).float()
             parts.append(EncodedRows(packed, scales, norms, (rows @ centre).float()))
         if not parts:
-            empty = torch.empty(0, device=device)
+            empty = torch.empty(0, dtype=torch.float32, device=device)
             packed = torch.empty((0, self.row_bytes), dtype=torch.uint8, device=device)
             return EncodedRows(packed, empty.to(self.scale_dtype), empty, empty)
         return EncodedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
@@ -298,6 +290,7 @@ class TurboQuantizer:
         scales = norms * (math.sqrt(self.dim) / torch.where(dots > 0, dots, math.inf))
         return scales.to(self.scale_dtype)
 
+    @plainly
     def decode(self, codes: Codes, *, unbiased: bool = False) -> Tensor:
         """Approximate vectors of codes.
 
@@ -326,6 +319,7 @@ class TurboQuantizer:
             vectors = vectors + self.centre.to(vectors.device)
         return vectors.contiguous()
 
+    @plainly
     def inner_product(self, queries: ArrayLike, codes: Codes) -> ArrayLike:
         """Unbiased estimates of the inner products of queries with encoded vectors.
 
@@ -364,35 +358,6 @@ class TurboQuantizer:
         if found != wanted:
             said = [f"{size} bytes a row {'and' if signs else 'without'} signs" for size, signs in (wanted, found)]
             raise InvalidInputError(f"codes must be of this quantizer, {said[0]}, got {said[1]}")
-
-
-def _trellis_table(band: Band, device: torch.device) -> BandTable:
-    none = torch.empty(0, device=device)
-    book = trellis_codebook(band.width)
-    return BandTable(band.size, band.width, none, book.levels(device), book.integers, -0.5, book.step, "trellis")
-
-
-def _integers(book: Codebook, dim: int) -> tuple[tuple[int, ...], float, float]:
-    """`BandTable.steps`, `offset` and `step` of a codebook.
-
-    1 bit is its own code; up to 4 bits the numbers are 0 to 127, which a byte permute can look up without signs.
-    """
-    if book.bits == 0:
-        return (0,), 0.0, 0.0
-    if book.bits == 1:
-        return (0, 1), 0.5, 2.0 * float(book.levels[-1])
-    if book.bits <= 4:
-        grid = on_grid(book, 63.5, dim)
-        return tuple(grid.steps.tolist()), grid.offset, grid.step
-    grid = on_grid(book, 127.0, dim)
-    return tuple((grid.steps - 127).tolist()), 0.0, grid.step
-
-
-def _even_integers(book: Codebook) -> tuple[tuple[int, ...], float, float]:
-    """`_integers` of levels of equal distance: the code, less 128 at 8 bits."""
-    first = -128 if book.bits == 8 else 0
-    numbers = tuple(range(first, first + 2**book.bits))
-    return numbers, 0.5 * (numbers[0] + numbers[-1]), float(book.levels[1] - book.levels[0])
 
 
 def _less_one(bits: float | BitPlan) -> float | BitPlan:

@@ -83,7 +83,8 @@ class TrellisCodebook:
 
     def levels(self, device: torch.device | None = None) -> Tensor:
         """(2^(r + b - 1),) float32, ascending."""
-        return ((torch.tensor(self.integers, dtype=torch.float64) + 0.5) * self.step).float().to(device)
+        integers = torch.tensor(self.integers, dtype=torch.float64, device="cpu")
+        return ((integers + 0.5) * self.step).float().to(device)
 
 
 @lru_cache(maxsize=MAX_BITS)
@@ -146,7 +147,8 @@ def level_numbers(codes: Tensor, bands: Bands) -> Tensor:
 
 def decode(codes: Tensor, bands: Bands) -> Tensor:
     """The levels of codes: (n, d) uint8 to (n, d) float32."""
-    numbers, levels, first = level_numbers(codes, bands).int(), torch.empty(codes.shape, device=codes.device), 0
+    numbers, first = level_numbers(codes, bands).int(), 0
+    levels = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     for size, bits in bands:
         part = numbers[:, first : first + size]
         table = trellis_codebook(bits).levels(codes.device)

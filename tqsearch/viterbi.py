@@ -79,7 +79,7 @@ def _best_columns(columns: Tensor, stages: Sequence[Stage], fallen: Tensor) -> T
     >> 1. For each next state the cheaper of its two windows is kept.
     """
     dim, count = columns.shape
-    cost = torch.full((STATES, count), torch.inf, device=columns.device)
+    cost = torch.full((STATES, count), torch.inf, dtype=torch.float32, device=columns.device)
     cost[0] = 0.0
     fallen = fallen.view(-1)[: dim * STATES * count].view(dim, STATES, count)
     step = 0

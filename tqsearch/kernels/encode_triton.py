@@ -219,7 +219,7 @@ def _cells(bands: tuple[BandTable, ...]) -> tuple[Tensor, float]:
     def cell(values: Tensor) -> Tensor:
         """As the kernel finds it. It never falls where values grow: other cells lie on one side of a boundary."""
         numbers: Tensor = (values * scale + _ROUND.value).view(torch.int32)
-        return numbers - torch.tensor(_ROUND.value).view(torch.int32)
+        return numbers - torch.tensor(_ROUND.value, dtype=torch.float32, device="cpu").view(torch.int32)
 
     scale, largest = 1.0, 1.01 * sum(band.size for band in bands) ** 0.5
     tables = [(band.boundaries.cpu(), band.levels.cpu()) for band in bands]
@@ -228,8 +228,8 @@ def _cells(bands: tuple[BandTable, ...]) -> tuple[Tensor, float]:
         if scale * largest > 1 << 20:
             raise ValueError("boundaries must be further apart than a millionth of the largest coordinate")
     half = triton.next_power_of_2(int(scale * largest) + 2)
-    number = torch.arange(-half, half, dtype=torch.int32)
-    found = torch.empty((len(bands), 2, 2 * half, 2), dtype=torch.int32)
+    number = torch.arange(-half, half, dtype=torch.int32, device="cpu")
+    found = torch.empty((len(bands), 2, 2 * half, 2), dtype=torch.int32, device="cpu")
     for (boundaries, levels), words in zip(tables, found, strict=True):
         code = torch.searchsorted(cell(boundaries), number)
         here = torch.nn.functional.pad(cell(boundaries), (0, 1), value=half)[code] == number

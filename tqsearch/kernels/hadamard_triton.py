@@ -51,9 +51,9 @@ def tables(factors: Tensor, orders: Tensor | None, padded: int) -> tuple[Tensor,
     """
     rounds, dim = factors.shape
     spread = max(0, padded.bit_length() - 1 - WARP_BITS)
-    exchange = torch.arange(padded).view(1 << spread, 1 << spread, -1).transpose(0, 1).flatten()
+    exchange = torch.arange(padded, device="cpu").view(1 << spread, 1 << spread, -1).transpose(0, 1).flatten()
     wide = torch.nn.functional.pad(factors.cpu(), (0, padded - dim))
-    sources = torch.arange(padded).repeat(rounds, 1)
+    sources = torch.arange(padded, device="cpu").repeat(rounds, 1)
     if orders is None:
         wide[1::2] = wide[1::2, exchange]
     else:

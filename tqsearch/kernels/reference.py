@@ -189,7 +189,7 @@ def _decode_scalar(packed: Tensor, bands: tuple[BandTable, ...]) -> Tensor:
 
 def _decode_band(packed: Tensor, band: BandTable) -> Tensor:
     if band.width == 0:
-        return torch.zeros((packed.shape[0], band.size), device=packed.device)
+        return torch.zeros((packed.shape[0], band.size), dtype=torch.float32, device=packed.device)
     if band.width in (1, 2, 4, 8):  # one look-up a byte
         per_byte = 8 // band.width
         every = torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None]

@@ -95,7 +95,9 @@ def layout_of(
         torch.from_numpy(np.concatenate(slots).astype(np.int32)).to(device),
         tuple(np.cumsum([len(part) for part in slots]).tolist()),
         torch.from_numpy(np.stack(tables)).to(device),
-        torch.tensor([[step, offset] for _, width, _, _, step, offset in bands if width], device=device),
+        torch.tensor(
+            [[step, offset] for _, width, _, _, step, offset in bands if width], dtype=torch.float32, device=device
+        ),
         next(_serials),
     )
 

@@ -42,9 +42,9 @@ def indices(path: Tensor, before: Tensor, planes: list[Tensor], group: int) -> T
 def table(bits: int, device: torch.device) -> Tensor:
     """The levels of every index: (2^(8 + group bits), group) float32, from rows that begin eight coordinates before."""
     group = GROUP[bits]
-    every = torch.arange(1 << (8 + group * bits), dtype=torch.int32)[:, None]
-    codes = (every >> torch.arange(8 + group)) & 1
-    place = torch.arange(group)
+    every = torch.arange(1 << (8 + group * bits), dtype=torch.int32, device="cpu")[:, None]
+    codes = (every >> torch.arange(8 + group, device="cpu")) & 1
+    place = torch.arange(group, device="cpu")
     for i in range(1, bits):
         codes[:, 8:] |= ((every >> (8 + group * i + place)) & 1) << i
     return trellis.decode(codes.to(torch.uint8), [(8 + group, bits)])[:, 8:].contiguous().to(device)

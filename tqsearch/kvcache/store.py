@@ -375,7 +375,7 @@ def value_codec(
 
 
 def _ones(rows: Tensor) -> Tensor:
-    return torch.ones(len(rows), device=rows.device)
+    return torch.ones(len(rows), dtype=torch.float32, device=rows.device)
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -116,5 +116,5 @@ def _exact(rows: Tensor, queries: Tensor, metric: str) -> Tensor:
 
 def _levels(estimator: Estimator, packed: Tensor) -> Tensor:
     tables = estimator.quantizer.tables(packed.device)
-    ones = torch.ones(len(packed), device=packed.device)
+    ones = torch.ones(len(packed), dtype=torch.float32, device=packed.device)
     return kernels.reconstruct(packed, ones, tables, backend=estimator.quantizer.backend).double()
