@@ -1,16 +1,18 @@
 """`python -m benchmarks kernels`: the GPU scan beside exact search by matrix product, encoding, and the limits.
 
 The rival is exact: float16 vectors, `queries @ vectors.T` in blocks of a million rows, `torch.topk` of each and of all.
-Ours is `kernels.scan`, from rotated float32 queries to scores and rows. Codes are random bytes: time does not depend on
-them. Medians by device events, of calls from Python and of the same calls replayed from a CUDA graph, where the device
-does not wait for the host; ratios are of like with like. Encoding counts the bytes read and the codes written. The
-limits are measured in the same run: a large device-to-device copy, bytes read and written, and `torch._int_mm` of
-8192 x 8192 x 8192 int8.
+Ours is `kernels.scan`, from rotated float32 queries to scores and rows, called again and again by `kernels.repeated` as
+an index calls it. Codes are random bytes: time does not depend on them. "Index" is `TurboQuantIndex.search` of the
+rival's vectors, which checks, normalises and rotates queries that lie on the GPU, and waits for the result. Medians by
+device events, of calls from Python and of the same calls replayed from a CUDA graph, where the device does not wait for
+the host; ratios are of like with like. Encoding counts the bytes read and the codes written. The limits are measured in
+the same run: a large device-to-device copy, bytes read and written, and `torch._int_mm` of 8192 x 8192 x 8192 int8.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ RESULT_SHAPES: dict[str, Shapes] = {
     ),
 }
 QUICK_SHAPES: dict[str, Shapes] = {"kernels-quick": ((1_000_000, 256, (4, 1), 1.0),)}
+TABLES = ("encode", *RESULT_SHAPES)
 RIVAL_BLOCK = 1_000_000
 COLUMNS = (
     "vectors",
@@ -47,6 +50,8 @@ COLUMNS = (
     "ours, ms",
     "float16 + topk, ms",
     "times as fast",
+    "index, ms",
+    "times as fast, index",
     "ours from a graph, ms",
     "float16 + topk from a graph, ms",
     "times as fast, from graphs",
@@ -62,6 +67,7 @@ SHORT = (
     "batch",
     "ours, ms",
     "times as fast",
+    "times as fast, index",
     "ours from a graph, ms",
     "times as fast, from graphs",
     "of the copy",
@@ -127,9 +133,8 @@ def random_vectors(count: int, dim: int) -> Tensor:
     return vectors
 
 
-def rival_times(count: int, dim: int, queries: dict[int, Tensor]) -> dict[int, tuple[float, float]]:
-    """Milliseconds of the rival by batch, called and replayed; its vectors are given back afterwards."""
-    vectors = random_vectors(count, dim)
+def rival_times(vectors: Tensor, queries: dict[int, Tensor]) -> dict[int, tuple[float, float]]:
+    """Milliseconds of the rival by batch, called and replayed."""
     times = {}
     for batch, q in queries.items():
 
@@ -140,13 +145,23 @@ def rival_times(count: int, dim: int, queries: dict[int, Tensor]) -> dict[int, t
     return times
 
 
+def index_times(vectors: Tensor, bits: int, queries: dict[int, Tensor]) -> dict[int, float]:
+    """Milliseconds of searches of an index by batch."""
+    index = TurboQuantIndex(vectors.shape[1], bits, device="cuda")
+    index.add(vectors)
+    return {batch: milliseconds(partial(index.search, q, K)) for batch, q in queries.items()}
+
+
 def rows_of(
     count: int, dim: int, widths: tuple[int, ...], share: float, limits: tuple[float, float]
 ) -> list[list[Any]]:
     """The table's rows of one shape."""
     mask = None if share == 1.0 else torch.rand(count, device="cuda") < share
     queries = {batch: torch.randn((batch, dim), device="cuda") for batch in BATCHES}
-    rival = rival_times(count, dim, queries)
+    vectors = random_vectors(count, dim)
+    rival = rival_times(vectors, queries)
+    searched = {bits: index_times(vectors, bits, queries) for bits in widths if mask is None}
+    del vectors
     torch.cuda.empty_cache()
     rows: list[list[Any]] = []
     for bits in widths:
@@ -154,15 +169,17 @@ def rows_of(
         tables = quantizer.tables(torch.device("cuda"))
         packed = torch.randint(0, 256, (count, quantizer.plan.bytes_per_vector), dtype=torch.uint8, device="cuda")
         scales = torch.rand(count, device="cuda").half()
+
+        def scan(q: Tensor, packed: Tensor = packed, scales: Tensor = scales, tables: Any = tables) -> Any:
+            return kernels.scan(q, packed, scales, None, mask, tables, K)
+
+        ours = kernels.repeated(scan, packed.device)
         for batch, q in queries.items():
-
-            def ours(q: Tensor = q, packed: Tensor = packed, scales: Tensor = scales, tables: Any = tables) -> object:
-                return kernels.scan(q, packed, scales, None, mask, tables, K)
-
-            called_time, device_time = milliseconds(ours), replayed(ours)
+            called_time, device_time = milliseconds(partial(ours, q)), replayed(partial(scan, q))
+            index_time = searched[bits][batch] if bits in searched else None
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            ours()
+            ours(q)
             extra = torch.cuda.max_memory_allocated() - before
             bandwidth = packed.numel() / device_time / 1e9
             operations = 2 * batch * count * dim / device_time / 1e9
@@ -176,6 +193,8 @@ def rows_of(
                     round(called_time, 3),
                     round(called, 3),
                     round(called / called_time, 2),
+                    None if index_time is None else round(index_time, 3),
+                    None if index_time is None else round(called / index_time, 2),
                     round(device_time, 3),
                     round(graph, 3),
                     round(graph / device_time, 2),
@@ -236,6 +255,7 @@ def encode_rows(limit: float, shapes: tuple[tuple[int, int, torch.dtype, float],
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small shape, in a file of its own")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which files are made")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=KERNEL_RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
@@ -245,15 +265,16 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(options.seed)
     limits = copy_rate(), int8_rate()
     torch.cuda.empty_cache()
-    encoded = {
-        "environment": environment(options.seed),
-        "copy, TB/s": round(limits[0], 2),
-        "columns": list(ENCODE_COLUMNS),
-        "rows": encode_rows(limits[0], ENCODE_SHAPES[:1] if options.quick else ENCODE_SHAPES),
-    }
-    name = "kernels-encode" + ("-quick" if options.quick else "")
-    write(options.out / f"{name}.json", encoded)
-    for name, shapes in (QUICK_SHAPES if options.quick else RESULT_SHAPES).items():
+    if "encode" in options.tables:
+        encoded = {
+            "environment": environment(options.seed),
+            "copy, TB/s": round(limits[0], 2),
+            "columns": list(ENCODE_COLUMNS),
+            "rows": encode_rows(limits[0], ENCODE_SHAPES[:1] if options.quick else ENCODE_SHAPES),
+        }
+        write(options.out / f"kernels-encode{'-quick' if options.quick else ''}.json", encoded)
+    asked = {name: shapes for name, shapes in RESULT_SHAPES.items() if name in options.tables}
+    for name, shapes in (QUICK_SHAPES if options.quick else asked).items():
         result: dict[str, Any] = {
             "environment": environment(options.seed),
             "copy, TB/s": round(limits[0], 2),

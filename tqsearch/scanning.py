@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class Searcher:
         self._estimator, self._backend = estimator, estimator.quantizer.backend
         self._tables = estimator.quantizer.tables(device)
         self._scanned = kernels.repeated(partial(_scanned, estimator), device, backend=self._backend)
+        self._streams = threading.local()
         self._runs = []
         for start, columns in rows.runs():
             scan = partial(_scan, columns, None, self._tables, self._backend)
@@ -66,9 +68,12 @@ class Searcher:
             InvalidInputError: a query is not finite, or its squared norm overflows float32.
         """
         values, squares, *products = self._scanned(queries)
-        on_cpu = queries.device.type == "cpu"
-        if on_cpu:
+        prepared = None
+        if queries.device.type == "cpu":
             _check(queries, squares)
+        else:
+            prepared = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            prepared.record(torch.cuda.current_stream(queries.device))
         most = min(k, sum(len(run.columns["packed"]) for run in self._runs))
         best: tuple[Tensor, Tensor] | None = None
         for found in self._found(values, most, mask, precision):
@@ -77,13 +82,22 @@ class Searcher:
             none = queries.new_empty((len(queries), 0))
             best = none, none.long()
         scores, ids = best
-        if not on_cpu:  # now that the device's work is queued, this waits for it
-            _check(queries, squares.cpu())
+        if prepared is not None:  # the scan is queued: it runs while the host looks at the queries
+            _check(queries, self._on_host(squares, prepared))
         if scores.shape[1] < k:
             missing = (0, k - scores.shape[1])
             scores = torch.nn.functional.pad(scores, missing, value=-math.inf)
             ids = torch.nn.functional.pad(ids, missing, value=-1)
         return self._estimator.scores(scores, squares, *(products or (None,))), ids
+
+    def _on_host(self, squares: Tensor, prepared: torch.cuda.Event) -> Tensor:
+        """The squares as soon as they are made, not when the current stream has done its work."""
+        beside: torch.cuda.Stream | None = getattr(self._streams, "beside", None)
+        if beside is None:
+            beside = self._streams.beside = torch.cuda.Stream(squares.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(beside):
+            beside.wait_event(prepared)
+            return squares.cpu()
 
     def _found(self, queries: Tensor, k: int, mask: Tensor | None, precision: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Scores and ids of the best of each segment, or of parts of it."""
