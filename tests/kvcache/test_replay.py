@@ -7,6 +7,7 @@ device.
 import functools
 import threading
 import warnings
+from contextlib import nullcontext
 
 import families
 import pytest
@@ -64,7 +65,7 @@ def generate(model, recorder=None, padding=0, count=60, batch=2, **options):
     ids = tokens(batch, PROMPT)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
-    with replaying(model, recorder):
+    with nullcontext() if recorder is None else replaying(model, recorder):
         if "forward" in vars(model):
             vars(model)["forward"] = checked(model, model.forward)
         out = model.generate(
@@ -173,7 +174,7 @@ def test_a_fork_in_the_midst_goes_its_own_way():
         streamer = Branching(model)
         streamer.cache = cache
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 60}
-        with replaying(model, again):
+        with nullcontext() if again is None else replaying(model, again):
             found.append((model.generate(ids, past_key_values=cache, streamer=streamer, **options), streamer))
     (wanted, plain), (actual, forked) = found
     assert torch.equal(actual, wanted)
@@ -238,6 +239,30 @@ def test_what_cannot_be_recorded_runs_step_by_step_and_is_said_once(kind, monkey
     assert torch.equal(actual.sequences, expected.sequences)
     assert cache.get_seq_length() == plain.get_seq_length()
     assert not again.recorded
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_recording_that_fails_does_no_harm(monkeypatch):
+    """What waits for the device without an operation of torch's is found only when it spoils the recording."""
+    model, counted = make("llama"), Counted()
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+
+    def waits(states):
+        torch.cuda.synchronize()
+        return own(states)
+
+    wanted, _ = generate(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(mlp, "forward", waits)
+        with pytest.warns(UserWarning, match="a step cannot be recorded"):
+            found, _ = generate(model, counted)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert counted.recorded == 1
+    assert torch.rand(3, device=DEVICE).max() < 1.0
+    found, _ = generate(model, counted)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert counted.replayed == 59 - 3 - 1
 
 
 def test_nothing_is_replayed_where_nothing_is_compressed_yet():

@@ -226,7 +226,9 @@ def test_work_in_pieces_equals_work_at_once(monkeypatch):
         for whole, pieces in zip(*results, strict=True):
             if whole.dtype == torch.uint8:
                 assert torch.equal(whole, pieces)
-            torch.testing.assert_close(whole, pieces, rtol=2**-10, atol=0)
+            # A scale may be rounded to float16 in one of the two; beside it float32 rounds along the whole vector.
+            rounding = 1e-6 * whole.float().norm(dim=-1, keepdim=True)
+            assert ((whole.float() - pieces.float()).abs() <= 2**-10 * whole.float().abs() + rounding).all()
 
 
 def test_a_plan_may_name_the_bands():

@@ -58,6 +58,9 @@ def record(call: Callable[[], T], device: torch.device, pool: Any) -> tuple[T, t
                 except BaseException:
                     with suppress(RuntimeError):  # the same again: what failed has spoilt the recording
                         graph.capture_end()
+                    # The device's generator would wait for the recording's end for ever, and refuse to draw.
+                    generator = torch.cuda.default_generators[stream.device_index]
+                    generator.graphsafe_set_state(generator.clone_state())
                     raise
                 graph.capture_end()
             return out, graph, read
