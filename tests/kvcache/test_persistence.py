@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_store import read_key_codes, read_row, read_value_codes
 
-from tqsearch.errors import CorruptFileError, ForeignFileError, InvalidInputError, NewerFormatError
+from tqsearch.errors import BackendError, CorruptFileError, ForeignFileError, InvalidInputError, NewerFormatError
 from tqsearch.kvcache import LayerBits, PerLayer, TurboQuantCache
 from tqsearch.plan import BitPlan
 
@@ -300,6 +300,15 @@ def test_truncated_and_foreign_files_are_refused(tmp_path):
             TurboQuantCache.load(path, config)
     with pytest.raises(FileNotFoundError):
         TurboQuantCache.load(tmp_path / "none", config)
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    model, cache = filled("llama")
+    cache.save(tmp_path / "c.tq")
+    with pytest.raises(InvalidInputError, match="device must be one of torch's"):
+        TurboQuantCache.load(tmp_path / "c.tq", model.config, device="gpu")
+    with pytest.raises(BackendError, match="device must be there"):
+        TurboQuantCache.load(tmp_path / "c.tq", model.config, device=f"cuda:{torch.cuda.device_count()}")
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):

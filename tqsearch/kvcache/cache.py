@@ -154,7 +154,8 @@ class TurboQuantCache(DynamicCache):
         Raises:
             FormatError: not such a file, or a damaged one; the subclass says which.
             OSError: the file cannot be read.
-            InvalidInputError: the configuration's layers are not those of the file.
+            InvalidInputError: the configuration's layers are not those of the file, or the device is none of torch's.
+            BackendError: a GPU that torch does not see here.
         """
         return load(cls, path, config, device, options)
 

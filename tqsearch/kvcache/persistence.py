@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from tqsearch.arrays import as_device
 from tqsearch.errors import CorruptFileError, InvalidInputError
 from tqsearch.kvcache import format
 from tqsearch.kvcache.history import History
@@ -61,7 +62,7 @@ def load(
 ) -> TurboQuantCache:
     """Reads a cache for a model; see `TurboQuantCache.load`."""
     header, tensors = format.read(path)
-    place = torch.device(device)
+    place = as_device(device)
     try:
         entries = header["layers"]
         widths = [
