@@ -46,6 +46,7 @@ class Searcher:
         self._tables = estimator.quantizer.tables(device)
         self._scanned = kernels.repeated(partial(_scanned, estimator), device, backend=self._backend)
         self._streams = threading.local()
+        self._count = len(rows)
         self._runs = []
         for start, columns in rows.runs():
             scan = partial(_scan, columns, None, self._tables, self._backend)
@@ -74,7 +75,7 @@ class Searcher:
         else:
             prepared = torch.cuda.Event()  # type: ignore[no-untyped-call]
             prepared.record(torch.cuda.current_stream(queries.device))
-        most = min(k, sum(len(run.columns["packed"]) for run in self._runs))
+        most = min(k, self._count)
         best: tuple[Tensor, Tensor] | None = None
         for found in self._found(values, most, mask, precision):
             best = found if best is None else merge_top_k(*best, *found, most)

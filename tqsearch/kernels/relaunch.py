@@ -150,17 +150,23 @@ class _Program:
     def __call__(self, rows: Tensor) -> Outputs:
         """The outputs for other rows of the shape."""
         stream = torch._C._cuda_getCurrentRawStream(self._index)
-        outputs = tuple([torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._outputs])
-        bases = [rows.data_ptr(), 0, *[out.data_ptr() for out in outputs]]
+        outputs: Outputs = ()
+        bases = [rows.data_ptr(), 0]
         if self._scratch:
             scratch = torch.empty(self._scratch, dtype=torch.uint8, device=self._device)
             bases[1] = scratch.data_ptr()
         for run, grid, middle, fixed, moving, constants in self._launches:
             arguments = fixed.copy()
             for place, base, offset in moving:
+                if base >= len(bases):  # as late as can be: the device is at work already
+                    outputs = self._empty()
+                    bases += [out.data_ptr() for out in outputs]
                 arguments[place] = bases[base] + offset
             run(*grid, stream, *middle, *arguments, *constants)
-        return outputs
+        return outputs or self._empty()
+
+    def _empty(self) -> Outputs:
+        return tuple([torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._outputs])
 
 
 def _home(tensor: Tensor, homes: list[tuple[int, int, int, int]]) -> tuple[int, int] | None:
