@@ -40,7 +40,8 @@ BATCHES = (1, 8)
 LARGE = 8192  # the context from which on batches that just fit are measured, and at which rivals and variants are
 BLOCK = 128  # tokens, the default of our cache
 STEPS, WARM = 10, 3
-ROOM = 64  # tokens of a context left for warm-up and steps
+SLOW_STEPS = 2  # of a cache whose steps take seconds
+ROOM = 256  # tokens of a context left for warm-up and steps
 FILL = 8192  # tokens filled at a time
 SPARE = 5e9  # bytes left for logits, activations and one layer's second copy
 DENSE = "DynamicCache"
@@ -155,9 +156,9 @@ def quanto_cache(config: Any, batch: int, tokens: int) -> Any:
 
 
 @torch.inference_mode()
-def measured(model: Any, make: Callable[[], Any], batch: int, context: int, replayed: bool) -> dict[str, Any]:
-    """One cache at one batch and context."""
-    steps = BLOCK if replayed else STEPS
+def measured(model: Any, make: Callable[[], Any], batch: int, context: int, steps: int) -> dict[str, Any]:
+    """One cache at one batch and context; steps are replayed, where they can be, if there are as many as in a block."""
+    replayed = steps == BLOCK
     gc.collect()
     torch.cuda.empty_cache()
     cache = make()
@@ -293,9 +294,8 @@ def main(arguments: list[str]) -> int:
                     compress(model, **kind_of(name))
                 torch.backends.cuda.enable_cudnn_sdp(not name.endswith(NO_CUDNN))
                 try:
-                    run = measured(
-                        model, partial(make, name, batch, context - ROOM), batch, context, replayed=name == ours
-                    )
+                    steps = BLOCK if name == ours else SLOW_STEPS if name.endswith(TRELLIS) else STEPS
+                    run = measured(model, partial(make, name, batch, context - ROOM), batch, context, steps)
                 except torch.cuda.OutOfMemoryError:
                     print(f"{name}: {batch} x {context} does not fit", flush=True)
                     continue
