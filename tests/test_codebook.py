@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from tqsearch.codebook import BetaLaw, NormalLaw, even, lloyd_max, on_grid
+from tqsearch.codebook import BetaLaw, NormalLaw, _solve_tridiagonal, even, lloyd_max, on_grid
 from tqsearch.errors import InvalidInputError
 
 DIMS = [None, 2, 3, 4, 8, 128, 1536]
@@ -218,3 +218,14 @@ def test_a_bad_width_is_named(bits):
 def test_a_bad_dim_is_named():
     with pytest.raises(InvalidInputError, match="dim must be at least 1, got 0"):
         lloyd_max(4, 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 128])
+def test_tridiagonal_systems_are_solved(count: int) -> None:
+    """Beside the dense solution; the diagonal dominates, as it does in the levels' equations."""
+    rng = np.random.default_rng(count)
+    below, above, right = rng.uniform(-0.5, 0.5, (3, count))
+    diagonal = rng.uniform(1.1, 2.0, count)
+    matrix = np.diag(diagonal) + np.diag(below[1:], -1) + np.diag(above[:-1], 1)
+    found = _solve_tridiagonal(below, diagonal, above, right)
+    np.testing.assert_allclose(found, np.linalg.solve(matrix, right), rtol=1e-12, atol=1e-14)
