@@ -14,6 +14,7 @@ from tqsearch.training import spectrum
 from tqsearch.training.allocation import allocate
 from tqsearch.training.basis import Basis
 from tqsearch.training.learn import Learnt, learn, spectrum_of
+from tqsearch.training.neighbours import neighbours_of
 from tqsearch.training.spectrum import principal_axes
 
 WIDTHS = (0, 1, 2, 3, 4, 6, 8)
@@ -177,7 +178,10 @@ def learnt(
     budget = rows.shape[1] // 4 if nbytes is None else nbytes
     spectrum = spectrum_of(torch.from_numpy(rows.astype(np.float32)), 0)
     asked = None if queries is None else torch.from_numpy(queries.astype(np.float32))
-    return None if spectrum is None else learn(spectrum, asked, metric, lambda keeps: budget - 2 * keeps, power=power)
+    if spectrum is None:
+        return None
+    near = neighbours_of(spectrum.axes, spectrum.centre, torch.from_numpy(rows.astype(np.float32)), asked, metric)
+    return learn(spectrum, near, asked, metric, lambda keeps: budget - 2 * keeps, power=power)
 
 
 def test_constant_and_duplicate_columns_cost_nothing() -> None:
@@ -210,7 +214,7 @@ def test_queries_move_the_bits() -> None:
 @pytest.mark.parametrize("power", [0.5, 0.75, 1.0])
 @pytest.mark.parametrize("asked", [None, 1, 300])
 def test_widths_follow_the_moments_of_the_queries(power: float, asked: int | None) -> None:
-    """The plan is that of weights made in numpy: few queries count little beside 32 that are like the sample."""
+    """The plan is that of weights made in numpy, in which one query says nothing and 300 say nearly all."""
     rows = centred(3000, 64)
     turn = np.linalg.eigh(rows.T @ rows / len(rows))[1][:, ::-1]
     queries = np.random.default_rng(3).standard_normal((asked or 1, 64)) * np.linspace(0.1, 3, 64) @ turn.T
@@ -219,8 +223,13 @@ def test_widths_follow_the_moments_of_the_queries(power: float, asked: int | Non
     variances = np.linalg.eigvalsh(shrunk_by_the_book(rows.astype(np.float32)))[::-1]
     moments = variances
     if asked is not None:
-        given = np.square((queries - found.centre.numpy()) @ turn).mean(0)
-        moments = (asked * given + 32 * variances * given.mean() / variances.mean()) / (asked + 32)
+        squares = np.square((queries - found.centre.numpy()) @ turn)
+        given, alike = squares.mean(0), variances * squares.mean() / variances.mean()
+        apart = np.average(np.square(given / alike - 1), weights=alike)
+        chance = np.average(np.maximum(squares.var(0), 2 * given**2) / asked / alike**2, weights=alike)
+        known = max(0.0, 1 - chance / apart)
+        assert known == 0 if asked == 1 else known > 0.9
+        moments = alike + known * (given - alike)
     weights = variances * (moments / moments.mean()) ** power
     assert found.basis.plan.pairs() == allocate(np.sort(weights)[::-1].copy(), 16).pairs()
 

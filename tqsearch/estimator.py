@@ -5,6 +5,9 @@ With z = x - c (c = 0 unless trained) and E the estimate of products with z from
 * "ip" and "cosine": <q, x> = <q, c> + <c, z> + E<q - c, z> where <c, z> is kept, else <q, c> + E<q, z>;
 * "l2": -|q - x|^2 = -|q - c|^2 + 2 E<q - c, z> - |z|^2, where |z|^2 is kept.
 
+Of learnt axes the score of t, the query expected of the row (`training/neighbours`), is made exact: by t's error, taken
+off the number that is kept, or where none is kept by the scale.
+
 The number that is kept, <c, z> or -|z|^2, is the row's `bias`. With learnt axes it is float16, as a part of `unit`,
 which is the sample's mean |z|^2 (times |c| / |z| for <c, z> where c is the longer); the scan then works in that unit.
 """
@@ -85,9 +88,13 @@ class Estimator:
             _check(rows.scales, "norms", limit, first)
         columns = {"packed": rows.packed, "scales": rows.scales}
         dtype = self.bias_dtype
-        if dtype is not None:
-            bias = -squares if self.metric == "l2" else rows.centre_products
-            bias = (bias.double() / self.unit).to(dtype)
+        if dtype is None and rows.expected is not None:
+            columns["scales"] = rows.expected.scales
+        elif dtype is not None:
+            bias = (-squares if self.metric == "l2" else rows.centre_products).double()
+            if rows.expected is not None:
+                bias = bias + (2 if self.metric == "l2" else 1) * rows.expected.missed
+            bias = (bias / self.unit).to(dtype)
             _check(bias, "squared norms" if self.metric == "l2" else "products with the centre", limit, first)
             columns["bias"] = bias
         return columns

@@ -6,8 +6,8 @@ reader can open it, and loading runs no code. Its metadata are strings, in this 
 
 ========== ==========================================================================================================
 `format`   "tqsearch-index": the first entry, so that a file of ours begins, after its length, with a fixed text
-`version`  "1", "2" for an index of learnt axes, "3" for one of trellis codes, "4" for one of learnt axes and even
-           levels: the version of this specification that the file needs; a reader refuses a larger one
+`version`  "1", "2" for an index of learnt axes, "3" for one of trellis codes, "4" for one of learnt axes with
+           slopes or even levels: the version of this specification that the file needs; a reader refuses a larger one
 `header`   JSON, keys sorted: `dim`, `metric` ("ip", "cosine", "l2"), `plan` ([[size, width], ...]), `rotation`
            ("hadamard", "dense", "identity"), `seed`, `count` (vectors), `next_id` (one more than the largest id ever
            given); in version 2 also `learnt_plan` ([[size, width], ...], what the codes follow, `plan` being what was
@@ -49,8 +49,20 @@ which case version 2's tensors hold. A row of `packed` is the codes of the bands
 its levels, its `pack`; then those of the bands of 6 and 8 bits as before. What is coded is the same: the rotated
 coordinates, scaled to squared norm `dim`, or those of learnt axes as in version 2. Widths are 0 to 4, 6 and 8.
 
-Version 4 has learnt axes with bands of more than 4 bits, and the entry `levels`, "even": those bands are by
-`codebook.even` in place of `lloyd_max`. Else it is version 2, or with the entry `codec` version 3.
+Version 4 is version 2, or with the entry `codec` version 3, with one of two entries more, or both. `levels`, "even", if
+there are bands of more than 4 bits: those are by `codebook.even` in place of `lloyd_max`. `slopes`, true: there is a
+tensor after `deviations`, and `bias` and `scales` differ. With y = A z, h = sigma levels, gamma the slopes of the
+coordinates of y, and g that of all others:
+
+============ ===== =================== ===============================================================================
+`slopes`     F32   [dim]               of all the plan's coordinates, from 0 to 1; equal for those of width 0
+`bias`       F16   [count]             for "l2" (2 b - |z|^2) / t^2; for the others, if `keeps_product`, (<c, z> + b) /
+                                       (t max(t, |c|)); b = sum of gamma_i y_i (y_i - s h_i) + g (|z|^2 - |y|^2), s
+                                       being the row's scale
+`scales`     F16   [count]             as in version 2 if there is a `bias`, else (<c, z> + sum of gamma_i y_i^2 + g
+                                       (|z|^2 - |y|^2)) / (<A c, h> + sum of gamma_i y_i h_i), but at most twice version
+                                       2's, and at least half, which it is also where the divisor is not above 0
+============ ===== =================== ===============================================================================
 """
 
 from __future__ import annotations
@@ -79,7 +91,7 @@ from tqsearch.segments import Columns
 FORMAT = "tqsearch-index"
 VERSION = 4
 _PREFIX = b'{"__metadata__":{"format":"' + FORMAT.encode() + b'"'
-_ORDER = ("ids", "centre", "axes", "deviations", "bias", "scales", "packed")
+_ORDER = ("ids", "centre", "axes", "deviations", "slopes", "bias", "scales", "packed")
 _DTYPES = {dtype: tensor_file.DTYPES[dtype] for dtype in (torch.int64, torch.float32, torch.float16, torch.uint8)}
 
 
@@ -98,11 +110,12 @@ class Header:
     keeps_product: bool | None = None
     codec: str | None = None  # None for "scalar"
     levels: str | None = None  # None for "optimal"
+    slopes: bool | None = None  # None for none
 
     @property
     def version(self) -> int:
         """The version of the format that the index needs."""
-        if self.levels is not None:
+        if self.levels is not None or self.slopes is not None:
             return 4
         if self.codec is not None:
             return 3
@@ -126,7 +139,7 @@ def write(
         path: the file; an existing one is replaced once the new one is safe on the disk.
         header: the codec and the counts.
         segments: the columns of consecutive runs of rows, on any device.
-        constants: `centre`, `axes` and `deviations`, as far as the index has them.
+        constants: `centre`, `axes`, `deviations` and `slopes`, as far as the index has them.
 
     Raises:
         OSError: there is no such folder, something else than a file is in the way, or the disk is full; a file that
@@ -204,7 +217,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, Columns, dict[str, Tenso
     if digest.hexdigest() != metadata["sha256"]:
         raise CorruptFileError(f"{path} is altered: its checksum does not match its content; restore it from a copy")
     header = _parsed(path, metadata)
-    constants = {name: columns.pop(name) for name in ("centre", "axes", "deviations") if name in columns}
+    constants = {name: columns.pop(name) for name in ("centre", "axes", "deviations", "slopes") if name in columns}
     _check_constants(path, header, constants)
     _check_columns(path, header, columns, trained="centre" in constants)
     return header, columns, constants
@@ -259,6 +272,8 @@ def _parsed(path: str | os.PathLike[str], metadata: dict[str, str]) -> Header:
             raise ValueError(f"version {metadata['version']} does not go with its entries")
         if header.codec not in (None, "trellis"):
             raise ValueError(f"codec is {header.codec!r}")
+        if header.slopes is not None and (header.slopes is not True or header.learnt_plan is None):
+            raise ValueError(f"slopes is {header.slopes!r}")
         if header.levels not in (None, "even") or (header.levels and header.learnt_plan is None):
             raise ValueError(f"levels are {header.levels!r}")
         if type(header.keeps_product) not in (bool, type(None)):
@@ -275,6 +290,8 @@ def _check_constants(path: str | os.PathLike[str], header: Header, constants: di
     if header.learnt_plan is not None:
         coded = sum(size for size, width in header.learnt_plan if width)
         shapes = {"centre": (header.dim,), "axes": (coded, header.dim), "deviations": (header.dim,)}
+        if header.slopes:
+            shapes["slopes"] = (header.dim,)
     wanted = {name: (torch.float32, shape) for name, shape in shapes.items()}
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in constants.items()}
     if found != wanted:

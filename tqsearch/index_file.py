@@ -39,6 +39,7 @@ def write(path: str | os.PathLike[str], plan: BitPlan, estimator: Estimator, con
         learnt_plan=None if basis is None else quantizer.plan.pairs(),
         keeps_product=None if basis is None else estimator.keeps_product,
         codec=None if quantizer.codec == "scalar" else quantizer.codec,
+        slopes=None if basis is None or basis.slopes is None else True,
         levels="even" if basis is not None and basis.even else None,
     )
     segments = [columns for _, columns in contents.rows.runs()]
@@ -50,6 +51,8 @@ def write(path: str | os.PathLike[str], plan: BitPlan, estimator: Estimator, con
         constants["centre"] = quantizer.centre
     if basis is not None:
         constants.update(axes=basis.axes, deviations=basis.deviations)
+        if basis.slopes is not None:
+            constants["slopes"] = basis.slopes
     file_format.write(path, header, segments, constants)
 
 
@@ -73,7 +76,9 @@ def read(path: str | os.PathLike[str], device: torch.device, backend: str) -> tu
             basis = None
             if header.learnt_plan is not None:
                 learnt_plan = BitPlan.from_pairs(header.learnt_plan)
-                basis = Basis(learnt_plan, constants["axes"].clone(), constants["deviations"].clone(), codec, levels)
+                axes, deviations = constants["axes"].clone(), constants["deviations"].clone()
+                slopes = constants["slopes"].clone() if header.slopes else None
+                basis = Basis(learnt_plan, axes, deviations, codec, levels, slopes)
             estimator = recipe.estimator(constants["centre"].clone(), basis, header.keeps_product is not False)
     except InvalidInputError as error:
         raise CorruptFileError(f"{path} is not consistent: its header asks for what cannot be ({error})") from error

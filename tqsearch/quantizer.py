@@ -62,6 +62,20 @@ class EncodedRows(NamedTuple):
     scales: Tensor
     norms: Tensor
     centre_products: Tensor
+    expected: Expected | None = None
+
+
+class Expected(NamedTuple):
+    """What makes the score of the query expected of a row exact: t = c + sum of gamma_i y_i a_i, see `neighbours`.
+
+    Attributes:
+        scales: (n,) of the scale dtype: with these instead <t, z> is exact; never more than twice or less than half the
+            unbiased ones.
+        missed: (n,) float64: <t - c, z> less its estimate by the unbiased scales.
+    """
+
+    scales: Tensor
+    missed: Tensor
 
 
 class TurboQuantizer:
@@ -228,6 +242,7 @@ class TurboQuantizer:
                 those of the sample.
             norms: (n,) float32, |z|, z = x - centre.
             centre_products: (n,) float32, <centre, z>; 0 without a centre.
+            expected: of a basis with slopes, else None.
         """
         if self.basis is not None:
             return self._encode_in_basis(matrix, self.basis)
@@ -237,34 +252,41 @@ class TurboQuantizer:
 
     def _encode_in_basis(self, matrix: Tensor, basis: Basis) -> EncodedRows:
         """The sum over axes of y sigma levels weighs each by its variance, so it is taken here, not in the kernel."""
-        device, tables = matrix.device, self.tables(matrix.device)
-        axes, sigma = basis.tensors(device)
         centre = torch.zeros(self.dim, dtype=torch.float32) if self.centre is None else self.centre
-        centre = centre.to(device).double()
-        parts = []
-        for block in torch.split(matrix, max(1, _BASIS_BLOCK // self.dim)):
-            rows = block.double()
-            if self.unit:
-                lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-                rows = rows / torch.where(lengths > 0, lengths, 1.0)
-            rows = rows - centre
-            coordinates = rows @ axes.t()
-            spread = coordinates / sigma
-            largest = spread.abs().amax(dim=1, keepdim=True)  # float32 neither overflows nor vanishes
-            spread = spread / torch.where(largest > 0, largest, 1.0)
-            packed = kernels.encode(spread.float(), tables, backend=self.backend).packed
-            ones = torch.ones(len(packed), dtype=torch.float32, device=device)
-            levels = kernels.reconstruct(packed, ones, tables, backend=self.backend).double()
-            dots = (coordinates * sigma * levels).sum(dim=1)
-            squares = coordinates.square().sum(dim=1)
-            scales = (squares / torch.where(dots > 0, dots, math.inf)).to(self.scale_dtype)
-            norms = torch.linalg.vector_norm(rows, dim=1).float()
-            parts.append(EncodedRows(packed, scales, norms, (rows @ centre).float()))
-        if not parts:
-            empty = torch.empty(0, dtype=torch.float32, device=device)
-            packed = torch.empty((0, self.row_bytes), dtype=torch.uint8, device=device)
-            return EncodedRows(packed, empty.to(self.scale_dtype), empty, empty)
-        return EncodedRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        centre = centre.to(matrix.device).double()
+        blocks = torch.split(matrix, max(1, _BASIS_BLOCK // self.dim))
+        return _joined([self._block_in_basis(block, basis, centre) for block in blocks])
+
+    def _block_in_basis(self, matrix: Tensor, basis: Basis, centre: Tensor) -> EncodedRows:
+        tables = self.tables(matrix.device)
+        axes, sigma = basis.tensors(matrix.device)
+        rows = matrix.double()
+        if self.unit:
+            lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            rows = rows / torch.where(lengths > 0, lengths, 1.0)
+        rows = rows - centre
+        coordinates = rows @ axes.t()
+        spread = coordinates / sigma
+        largest = spread.abs().amax(dim=1, keepdim=True)  # float32 neither overflows nor vanishes
+        spread = spread / torch.where(largest > 0, largest, 1.0)
+        packed = kernels.encode(spread.float(), tables, backend=self.backend).packed
+        ones = torch.ones(len(packed), dtype=torch.float32, device=matrix.device)
+        levels = sigma * kernels.reconstruct(packed, ones, tables, backend=self.backend).double()
+        dots = (coordinates * levels).sum(dim=1)
+        squares = coordinates.square().sum(dim=1)
+        exact = squares / torch.where(dots > 0, dots, math.inf)
+        scales = exact.to(self.scale_dtype)
+        norms, products = torch.linalg.vector_norm(rows, dim=1), rows @ centre
+        expected = None
+        if basis.slopes is not None:
+            slopes, rest = basis.slopes_on(matrix.device)
+            leaning = (coordinates * slopes * coordinates).sum(dim=1) + rest * (norms * norms - squares).clamp(min=0)
+            estimate = (coordinates * slopes * levels).sum(dim=1)
+            whole = estimate + levels @ (axes @ centre)
+            matched = (products + leaning) / torch.where(whole > 0, whole, math.inf)
+            matched = torch.maximum(torch.minimum(matched, 2 * exact), 0.5 * exact)
+            expected = Expected(matched.to(self.scale_dtype), leaning - scales.double() * estimate)
+        return EncodedRows(packed, scales, norms.float(), products.float(), expected)
 
     def scanned_queries(self, queries: Tensor) -> Tensor:
         """What `kernels.scan` takes for queries: rotated, or in the basis; (q, dim) to (q, scanned_dim) float32."""
@@ -358,6 +380,22 @@ class TurboQuantizer:
         if found != wanted:
             said = [f"{size} bytes a row {'and' if signs else 'without'} signs" for size, signs in (wanted, found)]
             raise InvalidInputError(f"codes must be of this quantizer, {said[0]}, got {said[1]}")
+
+
+def _joined(parts: list[EncodedRows]) -> EncodedRows:
+    """Blocks of rows, at least one, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    expected = [part.expected for part in parts if part.expected is not None]
+    return EncodedRows(
+        torch.cat([part.packed for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat([part.norms for part in parts]),
+        torch.cat([part.centre_products for part in parts]),
+        Expected(torch.cat([part.scales for part in expected]), torch.cat([part.missed for part in expected]))
+        if expected
+        else None,
+    )
 
 
 def _less_one(bits: float | BitPlan) -> float | BitPlan:

@@ -113,6 +113,8 @@ def held_pool(metric: Any, kind: str) -> Held:
         least = [trellis_oracle.least_error(row, content.on_path) for row in coordinates]
         np.testing.assert_allclose(((coordinates - content.levels) ** 2).sum(1), least, rtol=1e-4)
         estimates, distortion = content.estimates, content.distortion
+        if keeps:
+            bias = bias + content.lean(pool)
         if learn == "axes":
             squares = content.double("deviations") ** 2
             widths = np.repeat([width for _, width in content.plan], [size for size, _ in content.plan])
@@ -120,6 +122,7 @@ def held_pool(metric: Any, kind: str) -> Held:
     elif learn == "axes":
         content = parse_trained(empty)
         estimates = content.encode(pool)
+        bias = content.encode_bias(pool) if keeps else bias
         even = {width: content.distortion(width) for _, width in content.plan}
         errors = even if "levels" in content.header else NORMAL
         distortion = shares(content.double("deviations") ** 2, content.widths, errors)

@@ -51,17 +51,13 @@ def test_small_samples_do_not_hurt(n: int, power: float) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_queries_that_say_nothing(metric: Any) -> None:
-    """Zeros, by which axes cannot be judged, and for l2 queries at the centre, whose moments are all zero.
-
-    For l2 the widths may be others than without queries: near the centre the norms alone tell the vectors apart.
-    """
+    """Zeros, by which axes cannot be judged, and for l2 queries at the centre, whose scores need no codes."""
     data = rows(1000, 1)
-    index, without = TurboQuantIndex(DIM, 2, metric), TurboQuantIndex(DIM, 2, metric)
-    without.train(data)
-    index.train(data, queries=np.tile(without.centre, (50, 1)) if metric == "l2" else np.zeros((50, DIM)))
-    for each in (index, without):
-        each.add(data)
-    assert index.learnt == ("axes" if metric == "l2" else "centre")
+    index = TurboQuantIndex(DIM, 2, metric)
+    centre = data.mean(axis=0, dtype=np.float64).astype(np.float32)
+    index.train(data, queries=np.tile(centre, (50, 1)) if metric == "l2" else np.zeros((50, DIM)))
+    index.add(data)
+    assert index.learnt == "centre"
     assert recall(index, data, data[:100]) > 0.5
 
 

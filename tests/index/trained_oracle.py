@@ -11,6 +11,26 @@ from container import kinds, take_apart
 from index_oracle import EPS, Pairs, distortion, even_levels, levels, unit_rows, unpack
 
 
+def leaning(tensors: dict[str, np.ndarray], kept: np.ndarray, z: np.ndarray, h: np.ndarray) -> tuple[Any, Any]:
+    """Of version 4: the scale that makes the score of the expected query exact, and b, what the bias gets; (n,) both.
+
+    Args:
+        tensors: of the file.
+        kept: (dim,) bool, the coordinates that have codes.
+        z: (n, dim), vectors less the centre.
+        h: (n, m), their levels times sigma.
+    """
+    c, axes, slopes = (tensors[name].astype(np.float64) for name in ("centre", "axes", "slopes"))
+    y, gamma = z @ axes.T, slopes[kept]
+    outside = (np.append(slopes[~kept], 0.0)[0]) * ((z**2).sum(1) - (y**2).sum(1))
+    dots = (y * h).sum(1)
+    s = np.where(dots > 0, (y**2).sum(1) / np.where(dots > 0, dots, 1), 0)
+    whole = h @ (axes @ c) + (gamma * y * h).sum(1)
+    matched = (z @ c + (gamma * y**2).sum(1) + outside) / np.where(whole > 0, whole, np.inf)
+    b = (gamma * y * (y - s.astype(np.float16).astype(np.float64)[:, None] * h)).sum(1) + outside
+    return np.clip(matched, 0.5 * s, 2 * s), b
+
+
 @dataclass
 class Trained:
     """The header and the tensors of a file of version 2 or 4."""
@@ -68,11 +88,10 @@ class Trained:
         vectors = vectors.astype(np.float64)
         return (unit_rows(vectors) if self.header["metric"] == "cosine" else vectors) - self.double("centre")
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """What `estimates` should be of vectors."""
-        y = self.residuals(vectors) @ self.double("axes").T
-        m, column = y.shape[1], 0
-        w = y / self.sigma
+    def levels(self, vectors: np.ndarray) -> np.ndarray:
+        """What the codes of vectors should mean, times sigma, (n, m)."""
+        w = self.residuals(vectors) @ self.double("axes").T / self.sigma
+        m, column = w.shape[1], 0
         lengths = np.linalg.norm(w, axis=1, keepdims=True)
         w = np.sqrt(m) * w / np.where(lengths > 0, lengths, 1)
         found = np.empty_like(w)
@@ -80,9 +99,27 @@ class Trained:
             part, table = w[:, column : column + size], self.table(width)
             found[:, column : column + size] = table[np.abs(part[:, :, None] - table).argmin(2)]
             column += size
-        dots = (y * self.sigma * found).sum(1, keepdims=True)
-        scales = np.where(dots > 0, (y**2).sum(1, keepdims=True) / np.where(dots > 0, dots, 1), 0)
-        return scales * (found * self.sigma) @ self.double("axes")
+        return found * self.sigma
+
+    @property
+    def has_bias(self) -> bool:
+        return self.header["metric"] == "l2" or self.header["keeps_product"]
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """What `estimates` should be of vectors."""
+        z, h = self.residuals(vectors), self.levels(vectors)
+        y = z @ self.double("axes").T
+        dots = (y * h).sum(1)
+        scales = np.where(dots > 0, (y**2).sum(1) / np.where(dots > 0, dots, 1), 0)
+        if "slopes" in self.tensors and not self.has_bias:
+            scales = leaning(self.tensors, self.widths > 0, z, h)[0]
+        return scales[:, None] * h @ self.double("axes")
+
+    def encode_bias(self, vectors: np.ndarray) -> np.ndarray:
+        """What the bias should be of vectors, in full."""
+        z, h = self.residuals(vectors), self.levels(vectors)
+        b = leaning(self.tensors, self.widths > 0, z, h)[1] if "slopes" in self.tensors else 0.0
+        return 2 * b - (z**2).sum(1) if self.header["metric"] == "l2" else z @ self.double("centre") + b
 
     def similarity(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores (q, n), larger is nearer, and how far float32 may lie from them."""
@@ -118,14 +155,22 @@ def parse_trained(content: bytes) -> Trained:
     """Takes a file of version 2 or 4 apart, and checks every statement of its specification."""
     version, header, tensors = take_apart(content)
     wide = any(width > 4 for _, width in header["learnt_plan"])
-    assert version == "2" or (version == "4" and wide and header["levels"] == "even")
+    more = {"levels", "slopes"} & header.keys()
+    assert version == ("4" if more else "2")
+    assert header.get("slopes", True) is True
+    assert "levels" not in more or (wide and header["levels"] == "even")
     names = {"count", "dim", "keeps_product", "learnt_plan", "metric", "next_id", "plan", "rotation", "seed"}
-    assert header.keys() == names | ({"levels"} if version == "4" else set())
+    assert header.keys() == names | more
     plan, count, dim = header["learnt_plan"], header["count"], header["dim"]
     assert sum(size for size, _ in plan) == dim
     coded = sum(size for size, width in plan if width)
     row_bytes = sum(-(-size * plane // 8) for size, width in plan for plane in (8, 4, 2, 1) if width & plane)
     wanted = [("centre", "F32", (dim,)), ("axes", "F32", (coded, dim)), ("deviations", "F32", (dim,))]
+    if "slopes" in more:
+        wanted.append(("slopes", "F32", (dim,)))
+        outside = tensors["slopes"][np.repeat([width == 0 for _, width in plan], [size for size, _ in plan])]
+        assert ((tensors["slopes"] >= 0) & (tensors["slopes"] <= 1)).all()
+        assert len(set(outside.tolist())) <= 1
     if "ids" in tensors:
         wanted.insert(0, ("ids", "I64", (count,)))
     if count and (header["metric"] == "l2" or header["keeps_product"]):

@@ -1,4 +1,4 @@
-"""An index of trellis codes taken apart by the specification of version 3, in numpy and float64.
+"""An index of trellis codes taken apart by the specifications of versions 3 and 4, in numpy and float64.
 
 Like `index_oracle`, whose rotation and top k it uses, this imports nothing of tqsearch.
 """
@@ -10,6 +10,7 @@ import numpy as np
 import trellis_oracle
 from container import kinds, take_apart
 from index_oracle import rotation, similarity, unit_rows
+from trained_oracle import leaning
 
 # What `trellis` says of the error of a coordinate.
 DISTORTION = {0: 1.0, 1: 0.27416, 2: 0.07320, 3: 0.02172, 4: 0.005868}
@@ -17,7 +18,7 @@ DISTORTION = {0: 1.0, 1: 0.27416, 2: 0.07320, 3: 0.02172, 4: 0.005868}
 
 @dataclass
 class TrellisContent:
-    """The header and the tensors of a file of version 3 without bands of 8 bits."""
+    """The header and the tensors of a file of version 3 or 4 without bands of 8 bits."""
 
     header: dict[str, Any]
     tensors: dict[str, np.ndarray]
@@ -83,7 +84,21 @@ class TrellisContent:
             length, dots = np.linalg.norm(z, axis=1, keepdims=True), (w * self.levels).sum(1)
         size = self.header["dim"] if not self.learnt else w.shape[1]
         scales = np.where(square > 0, square / np.where(square > 0, dots, 1.0), 0.0)
+        if "slopes" in self.tensors and not self.has_bias:
+            scales = leaning(self.tensors, self.kept, z, self.double("deviations")[self.kept] * self.levels)[0]
         return np.sqrt(size) * w / np.where(length > 0, length, 1.0), scales
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.header["metric"] == "l2" or self.header.get("keeps_product", "centre" in self.tensors))
+
+    def lean(self, vectors: np.ndarray) -> np.ndarray | float:
+        """What version 4 adds to the bias of vectors, in full."""
+        if "slopes" not in self.tensors:
+            return 0.0
+        h = self.double("deviations")[self.kept] * self.levels
+        b = leaning(self.tensors, self.kept, self.residuals(vectors), h)[1]
+        return np.asarray(2 * b if self.header["metric"] == "l2" else b)
 
     def similarity(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores and slack, without learnt axes."""
@@ -93,13 +108,15 @@ class TrellisContent:
 
 
 def parse_trellis(content: bytes) -> TrellisContent:
-    """Takes a file of version 3 apart, and checks every statement of its specification."""
+    """Takes a file of version 3 or 4 apart, and checks every statement of its specification."""
     version, header, tensors = take_apart(content)
-    assert version == "3"
+    sloping = {"slopes"} & header.keys()
+    assert version == ("4" if sloping else "3")
+    assert header.get("slopes", True) is True
     assert header["codec"] == "trellis"
     more = {"learnt_plan", "keeps_product"} & header.keys()
     assert len(more) in (0, 2)
-    assert header.keys() == {"codec", "count", "dim", "metric", "next_id", "plan", "rotation", "seed"} | more
+    assert header.keys() == {"codec", "count", "dim", "metric", "next_id", "plan", "rotation", "seed"} | more | sloping
     found = TrellisContent(header, tensors)
     count, dim = header["count"], header["dim"]
     assert sum(size for size, _ in found.plan) == dim
@@ -111,7 +128,9 @@ def parse_trellis(content: bytes) -> TrellisContent:
         wanted.append(("centre", "F32", (dim,)))
     if more:
         wanted += [("axes", "F32", (int(found.kept.sum()), dim)), ("deviations", "F32", (dim,))]
-    if count and (header["metric"] == "l2" or header.get("keeps_product", "centre" in tensors)):
+    if sloping:
+        wanted.append(("slopes", "F32", (dim,)))
+    if count and found.has_bias:
         wanted.append(("bias", "F16" if more or header["metric"] == "cosine" else "F32", (count,)))
     if count:
         wanted.append(("scales", "F16" if half else "F32", (count,)))

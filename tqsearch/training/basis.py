@@ -31,6 +31,8 @@ class Basis:
         deviations: (dim,) float32, sigma, >= 0; above 0 where the width is.
         codec: of the coordinates.
         levels: of the scalar ones; "optimal" in files of versions 2 and 3.
+        slopes: (dim,) float32, gamma, from 0 to 1: a query that a row is near to has, on average, gamma times the row's
+            coordinates (`neighbours`); the same for all coordinates of width 0. None if that is not known.
     """
 
     plan: BitPlan
@@ -38,6 +40,7 @@ class Basis:
     deviations: Tensor
     codec: Codec = "scalar"
     levels: Levels = "even"
+    slopes: Tensor | None = None
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +53,10 @@ class Basis:
         coded = self.deviations[torch.from_numpy(self._widths > 0)]
         if not (torch.isfinite(self.axes).all() and torch.isfinite(self.deviations).all() and (coded > 0).all()):
             raise InvalidInputError("axes and deviations must be finite, and the deviations of coded axes above 0")
+        if self.slopes is not None and not (
+            self.slopes.shape == (dim,) and bool(((self.slopes >= 0) & (self.slopes <= 1)).all())
+        ):
+            raise InvalidInputError(f"slopes must be {dim} numbers from 0 to 1, got {self.slopes}")
 
     @property
     def coded(self) -> int:
@@ -63,8 +70,9 @@ class Basis:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of axes and deviations, kept once an index."""
-        return 4 * (self.axes.numel() + self.deviations.numel())
+        """Bytes of axes, deviations and slopes, kept once an index."""
+        slopes = 0 if self.slopes is None else self.slopes.numel()
+        return 4 * (self.axes.numel() + self.deviations.numel() + slopes)
 
     @cached_property
     def _widths(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -120,6 +128,13 @@ class Basis:
             sigma = self.deviations[torch.from_numpy(self._widths > 0)]
             self._on[device] = (self.axes.to(device).double(), sigma.to(device).double())
         return self._on[device]
+
+    def slopes_on(self, device: torch.device) -> tuple[Tensor, float]:
+        """The coded coordinates' slopes, (m,) float64 on a device, and that of all others."""
+        assert self.slopes is not None
+        coded = torch.from_numpy(self._widths > 0)
+        rest = self.slopes[~coded]
+        return self.slopes[coded].to(device).double(), float(rest[0]) if len(rest) else 0.0
 
     def queries(self, queries: Tensor) -> Tensor:
         """What is scanned for queries: sigma A q, (q, dim) to (q, m) float32."""

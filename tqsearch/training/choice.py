@@ -23,11 +23,10 @@ from tqsearch import kernels
 from tqsearch.estimator import Estimator
 from tqsearch.training.basis import Basis
 from tqsearch.training.learn import Spectrum, centre_of, learn, spectrum_of
+from tqsearch.training.neighbours import Neighbours, exact_scores, first_rows, neighbours_of
 
 POWERS = (0.5, 0.75, 1.0)
 _CLEARLY = {"given": 0.95, "stand-ins": 0.8}
-_MOST_ROWS = 1 << 14  # among which the nearest are looked for,
-_MOST_NUMBERS = 1 << 24  # and the most numbers of these
 _MOST_QUERIES = 256
 _NEAR_HELD_OUT = 10
 _NEAR = 30
@@ -46,14 +45,20 @@ def chosen(sample: Tensor, queries: Tensor | None, untrained: Estimator, make: M
     """
     quantizer, metric = untrained.quantizer, untrained.metric
 
-    def with_axes(spectrum: Spectrum | None, power: float) -> Estimator | None:
+    def seen(rows: Tensor) -> tuple[Spectrum, Neighbours] | None:
+        spectrum = spectrum_of(rows, quantizer.seed)
         if spectrum is None:
             return None
-        learnt = learn(spectrum, queries, metric, lambda keeps: _budget(untrained, keeps), quantizer.codec, power)
+        return spectrum, neighbours_of(spectrum.axes, spectrum.centre, rows, queries, metric)
+
+    def with_axes(part: tuple[Spectrum, Neighbours] | None, power: float) -> Estimator | None:
+        if part is None:
+            return None
+        learnt = learn(*part, queries, metric, lambda keeps: _budget(untrained, keeps), quantizer.codec, power)
         return None if learnt is None else make(learnt.centre, learnt.basis, learnt.keeps_product)
 
     held_out = torch.arange(len(sample), device=sample.device) % 4 == 3
-    part = spectrum_of(sample[~held_out], quantizer.seed)
+    part = seen(sample[~held_out])
     found = {power: with_axes(part, power) for power in POWERS}
     first = found[POWERS[0]]
     if part is None or first is None:
@@ -62,7 +67,7 @@ def chosen(sample: Tensor, queries: Tensor | None, untrained: Estimator, make: M
     asking = min(_MOST_QUERIES, len(rows) // 4)
     asked, rows = (rows[:asking], rows[asking:]) if queries is None else (queries[:_MOST_QUERIES], rows)
     judge = _Judge(rows, asked, metric, _NEAR_HELD_OUT)
-    if judge.error(first) >= judge.error(make(part.centre, None, True)):
+    if judge.error(first) >= judge.error(make(part[0].centre, None, True)):
         return make(centre_of(sample), None, True)
     if queries is not None:
         judge = _Judge(sample, asked, metric, _NEAR)
@@ -70,7 +75,7 @@ def chosen(sample: Tensor, queries: Tensor | None, untrained: Estimator, make: M
     best = min(errors, key=lambda power: errors[power])
     if errors[best] >= _CLEARLY["stand-ins" if queries is None else "given"] * errors[POWERS[0]]:
         best = POWERS[0]
-    whole = with_axes(spectrum_of(sample, quantizer.seed), best)
+    whole = with_axes(seen(sample), best)
     assert whole is not None  # it has the rows of its part
     return whole
 
@@ -85,8 +90,8 @@ class _Judge:
     """The exact scores of queries with the rows nearest to them, and the error of an estimator's."""
 
     def __init__(self, rows: Tensor, queries: Tensor, metric: str, near_rows: int) -> None:
-        rows, self._queries = rows[: min(_MOST_ROWS, _MOST_NUMBERS // rows.shape[1])], queries
-        exact = _exact(rows.double(), queries.double(), metric)
+        rows, self._queries = first_rows(rows), queries
+        exact = exact_scores(rows.double(), queries.double(), metric)
         near = exact.topk(min(near_rows, len(rows)), dim=1).indices
         used, places = torch.unique(near, return_inverse=True)
         self._rows, self._near = rows[used], places
@@ -106,12 +111,6 @@ class _Judge:
         told = spread > 0
         found = float((errors.square().sum(dim=1)[told] / spread[told]).mean())
         return found if math.isfinite(found) else math.inf
-
-
-def _exact(rows: Tensor, queries: Tensor, metric: str) -> Tensor:
-    """Scores, the larger the nearer, (q, n), up to a constant for each query."""
-    products = queries @ rows.t()
-    return 2.0 * products - rows.square().sum(dim=1) if metric == "l2" else products
 
 
 def _levels(estimator: Estimator, packed: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from torch import Tensor
 from tqsearch.codec import Codec
 from tqsearch.training.allocation import Array, allocate, expected_error
 from tqsearch.training.basis import Basis
+from tqsearch.training.neighbours import Neighbours
 from tqsearch.training.spectrum import principal_axes
 
 FEWEST_ROWS = 64  # of a sample from which axes are learnt
-PRIOR_QUERIES = 32  # queries given count beside so many that are distributed as the sample
 _WIDE = 256  # from this dimension on widths are given to blocks of 32 coordinates, so that GPU loads stay aligned
 _FLOOR = 1e-6  # deviations are at least this part of the largest
+_VAGUE = 0.25  # where the variance of products is so large beside their squared mean, scales are left as they are
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def spectrum_of(sample: Tensor, seed: int) -> Spectrum | None:
 
 def learn(
     spectrum: Spectrum,
+    near: Neighbours,
     queries: Tensor | None,
     metric: str,
     budget: Callable[[bool], int],
@@ -75,14 +77,20 @@ def learn(
     decides a ranking is the difference of neighbours, which lies in all directions: so what `allocate` makes least is
     the sum of mu_i lambda_i D(b_i) with mu_i = m_i^power mean(m)^(1 - power). `choice` says how the power is chosen.
 
-    Without `queries` they are taken to be distributed as the sample. The moments of few queries are drawn towards that:
-    they are the mean over the queries given and `PRIOR_QUERIES` more of the sample's kind and the given ones' length.
+    Without `queries` they are taken to be distributed as the sample. The moments of queries given are drawn towards
+    that. Of their distance from the sample's, brought to their length, a part is chance: the variance of a mean of so
+    many squares, at least that of Gaussians. The share of the rest is how far they are believed. Distances and
+    variances are summed over the axes as parts of the sample's moments.
 
-    For "cosine" and "ip", <q, z> = <q - c, z> + <c, z>. Keeping <c, z> costs bytes, which the codes then lack, and
-    makes m that of q - c. The expected error decides.
+    For "cosine" and "ip", <q, z> = <q - c, z> + <c, z>. Keeping <c, z> costs bytes, which the codes then lack. Either
+    way the score of the query t expected of a row is made exact (`neighbours`), by the kept number or, if none is kept,
+    by the scale. What is left is, with v_i = r_i m_i the second moment of q - t, the sum of v_i lambda_i D(b_i); a
+    scale brings the error of <t, z> into all other products, in proportion to them, which adds k E t_i^2 to v_i, k
+    being the variance of <q - t, z> over the squared mean of <t, z>. The lesser of the two sums decides.
 
     Args:
         spectrum: of the sample.
+        near: what its rows tell of the queries.
         queries: (m, dim) float32, of norm 1 for "cosine"; or None.
         metric: the index's.
         budget: the bytes a row of codes may take, without and with <c, z> kept.
@@ -94,40 +102,65 @@ def learn(
     """
     centre, axes, variances = spectrum.centre, spectrum.axes, spectrum.variances
     offset = axes @ centre.double()
+    around = _moments(variances, queries, centre, axes)  # of q - c
+    length = around.mean() / variances.mean() if metric == "ip" else 1.0  # squared; t is of the sample's
+    spread = float((near.left * around * variances).sum() / length)
+    mean = float((near.slopes * variances).sum())
+    vague = spread >= _VAGUE * mean * mean
     choices = []
+    slopes: Tensor | None
     for keeps in (False,) if metric == "l2" else (False, True):
         if budget(keeps) < 1:
             continue
-        moved = metric == "l2" or keeps  # the queries are q - c
-        moments = variances if moved else variances + offset.square()
-        if queries is not None:
-            given = _second_moments((queries - centre) if moved else queries, axes)
-            length = given.mean() / moments.mean()
-            if length > 0:  # else they are all zero, and say nothing
-                known = len(queries) / (len(queries) + PRIOR_QUERIES)
-                moments = known * given + (1 - known) * moments * length
+        if metric == "l2" or keeps:
+            moments, slopes, remaining = around, near.slopes, near.left * around
+        else:
+            moments = _moments(variances + offset.square(), queries, torch.zeros_like(centre), axes)
+            expected = length * (offset.square() + near.slopes.square() * variances)  # E t_i^2
+            slopes = None if vague else near.slopes
+            remaining = moments if vague else near.left * around + spread / mean**2 * expected
         weights = variances * moments**power * moments.mean() ** (1 - power)
         order = torch.argsort(weights, descending=True, stable=True)
-        basis, error = _allotted(weights[order], axes[order], variances[order], budget(keeps), codec)
+        basis = _allotted(order, weights, axes, variances, slopes, budget(keeps), codec)
+        error = expected_error((remaining * variances)[order].cpu().numpy(), basis.plan, codec)
         choices.append(Learnt(centre, basis, keeps, error))
     return min(choices, key=lambda learnt: learnt.expected_error, default=None)
 
 
-def _second_moments(queries: Tensor, axes: Tensor) -> Tensor:
-    """The mean of <q, a>^2 for each axis a, (dim,) float64."""
-    total = torch.zeros(len(axes), dtype=torch.float64, device=axes.device)
-    for block in torch.split(queries, 1 << 14):
-        total += (block.double() @ axes.t()).square().sum(dim=0)
-    return total / max(len(queries), 1)
+def _moments(stand_ins: Tensor, queries: Tensor | None, origin: Tensor, axes: Tensor) -> Tensor:
+    """The mean of <q - origin, a>^2 for each axis a, (dim,) float64, drawn towards those of stand-ins; see `learn`."""
+    if queries is None:
+        return stand_ins
+    given, fourth = torch.zeros_like(stand_ins), torch.zeros_like(stand_ins)
+    for block in torch.split(queries - origin, 1 << 14):
+        squares = (block.double() @ axes.t()).square() / len(queries)
+        given += squares.sum(dim=0)
+        fourth += squares.square().sum(dim=0)
+    alike = stand_ins * (given.mean() / stand_ins.mean())
+    if not alike.mean() > 0:  # the queries are all zero, and say nothing
+        return stand_ins
+    spread = torch.maximum(fourth - given.square() / len(queries), 2 * given.square() / len(queries))
+    weights = 1 / alike.clamp(min=1e-300)  # of ratios to `alike`, in the mean in which each counts by its moment
+    apart, chance = float(((given - alike).square() * weights).sum()), float((spread * weights).sum())
+    known = max(apart - chance, 0.0) / apart if apart > 0 else 0.0
+    return alike + known * (given - alike)
 
 
-def _allotted(weights: Tensor, axes: Tensor, variances: Tensor, budget: int, codec: Codec) -> tuple[Basis, float]:
+def _allotted(
+    order: Tensor, weights: Tensor, axes: Tensor, variances: Tensor, slopes: Tensor | None, budget: int, codec: Codec
+) -> Basis:
+    """The basis of axes put in an order, in which the weights descend."""
+    weights, axes, variances = weights[order], axes[order], variances[order].cpu()
     dim = len(weights)
     block = 32 if dim >= _WIDE and dim % 32 == 0 else 8
     relative: Array = (weights / weights.max()).cpu().numpy()
     plan = allocate(relative, budget, block, codec)
     coded = torch.from_numpy(np.repeat([band.width > 0 for band in plan.bands], [band.size for band in plan.bands]))
-    deviations = variances.sqrt().cpu()
+    deviations = variances.sqrt()
     deviations = deviations.clamp(min=_FLOOR * float(deviations.max())).float()
-    basis = Basis(plan, axes.cpu()[coded].float().contiguous(), deviations, codec)
-    return basis, expected_error(relative, plan, codec) * float(weights.max())
+    if slopes is not None:
+        slopes = slopes[order].cpu()
+        rest = variances[~coded]  # one slope for all: their coordinates are not looked at
+        slopes[~coded] = (slopes[~coded] * rest).sum() / rest.sum().clamp(min=1e-300)
+        slopes = slopes.float()
+    return Basis(plan, axes.cpu()[coded].float().contiguous(), deviations, codec, slopes=slopes)
