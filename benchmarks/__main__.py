@@ -12,6 +12,7 @@ COMMANDS = {
     "kernels": ("benchmarks.kernels", "the GPU scan against float16 matrix products and topk, and against the limits"),
     "gpu": ("benchmarks.gpu", "the index on a GPU: recall with int8 and exact queries, and speed"),
     "training": ("benchmarks.training", "learnt axes and trellis codes on a GPU: training, adding, scanning, recall"),
+    "seeds": ("benchmarks.seeds", "what training gains on a set of few queries, over random splits and seeds"),
     "kvcache": ("benchmarks.kvcache.run", "the compressed KV cache against the dense one and its rivals"),
     "attention": ("benchmarks.attention", "decode attention from compressed keys and values beside the dense kernels"),
     "distortion": ("benchmarks.distortion", "the codec's distortion and inner-product error beside theory"),

@@ -53,11 +53,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--update", action="store_true", help="with --only: measure these families again, keep the file's other rows"
     )
     parser.add_argument(
+        "--keep-times", action="store_true", help="with --update, on a busy machine: times stay those of the file"
+    )
+    parser.add_argument(
         "--bits", type=float, action="append", help="run TurboQuant only at this width; may be repeated"
     )
     options = parser.parse_args(arguments)
     if options.update and not options.only:
         parser.error("--update needs --only: which families to measure again")
+    if options.keep_times and not options.update:
+        parser.error("--keep-times needs --update")
     return options
 
 
@@ -135,10 +140,13 @@ def main(arguments: list[str]) -> int:
     }
     target = options.out / f"search-{data.name}{'-quick' if options.quick else ''}.json"
     old: list[dict[str, Any]] = []
+    timed: dict[tuple[str, str], dict[str, Any]] = {}  # rows whose times stay
     if options.update:
         before = json.loads(target.read_text())
         old = [row for row in before["runs"] if row["family"] not in options.only]
-        again = before.get("again", {}) | dict.fromkeys(options.only, result["environment"])
+        timed = {(row["family"], row["setting"]): row for row in before["runs"] if options.keep_times}
+        made = result["environment"] | ({"times": "its times are of an earlier run"} if options.keep_times else {})
+        again = before.get("again", {}) | dict.fromkeys(options.only, made)
         result |= {"environment": before["environment"], "again": again, "notes": before["notes"] | result["notes"]}
     runs = [run for run in runs if not options.only or run[0] in options.only]
     runs = [run for run in runs if not options.bits or run[0] not in OURS or run[1] in options.bits]
@@ -156,6 +164,7 @@ def main(arguments: list[str]) -> int:
             "training_rows": effort.training_rows,
             "threads": options.threads,
             "k": DEPTH,
+            "timed": not options.keep_times,
         }
         del files
         bar = tqdm(runs, unit="run", disable=None)
@@ -163,7 +172,8 @@ def main(arguments: list[str]) -> int:
             label = FAMILIES[name].label(setting)
             bar.set_description(f"{name} {label}")
             measured = run_one(job | {"family": name, "setting": setting}, folder, str(number), effort.time_limit)
-            row = {"family": name, "setting": label, "parameter": setting} | measured
+            times = timed.get((name, label), {})
+            row = {"family": name, "setting": label, "parameter": setting} | times | measured
             result["runs"].append(row)
             save(target, result | {"runs": [*result["runs"], *old]})
             tqdm.write(describe(row))

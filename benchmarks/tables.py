@@ -247,5 +247,6 @@ def provenance(environment: dict[str, Any]) -> str:
         names,
         f"commit {environment['commit']}" if environment.get("commit") else "",
         str(environment.get("date", "")),
+        str(environment.get("times", "")),
     ]
     return "Measured on " + "; ".join(part for part in parts if part) + "."

@@ -2,17 +2,15 @@
 
 The vectors are 1,000,000 x 1,024 Gaussians whose variance along coordinate i is 1 / i; axes are learnt from 100,000 of
 them. Training and adding are by the clock, from vectors on the GPU. The scan is `kernels.scan`, replayed from a CUDA
-graph, beside that of an untrained index of the same bytes. Kernels are compiled before, by a process for each scan. The
-rival in training is product quantization at the same bytes, its k-means in torch on the same GPU.
+graph, beside that of an untrained index of the same bytes. What compiles is run before on few rows. The rival in
+training is product quantization at the same bytes, its k-means in torch on the same GPU.
 
 With `--dataset` the recall of trained indexes: queries and levels rounded to int8 on the GPU, and exact on the CPU.
 """
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.kernels import milliseconds, replayed
 from benchmarks.metrics import recalls
 from benchmarks.result_file import KERNEL_RESULTS, write
-from benchmarks.threads import usable_cores
 from tqsearch import TurboQuantIndex, kernels
 from tqsearch.blocks import encode_blocks
 from tqsearch.codec import Codec
@@ -74,7 +70,8 @@ class Setting:
 
 SETTINGS = (
     *(Setting("scalar", trained, bits) for trained in (False, True) for bits in WIDTHS),
-    *(Setting("trellis", trained, 2) for trained in (False, True)),
+    *(Setting("trellis", False, bits) for bits in WIDTHS),
+    Setting("trellis", True, 2),
 )
 
 
@@ -93,16 +90,6 @@ def scanning(estimator: Estimator, columns: Columns, queries: Tensor) -> Callabl
     scanned = estimator.scanned(queries).queries
     tables = estimator.quantizer.tables(queries.device)
     return lambda: kernels.scan(scanned, columns["packed"], columns["scales"], columns.get("bias"), None, tables, K)
-
-
-def compiled(estimator: Estimator, batch: int) -> None:
-    """Fills Triton's cache on disk with what a scan needs; the codes are random bytes."""
-    kinds = {"scales": torch.float16, "bias": estimator.bias_dtype}
-    columns: Columns = {name: torch.ones(FEW, dtype=kind, device="cuda") for name, kind in kinds.items() if kind}
-    shape = (FEW, estimator.quantizer.row_bytes)
-    columns["packed"] = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-    scanning(estimator, columns, vectors(batch, 1))()
-    torch.cuda.synchronize()
 
 
 def seconds(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -166,18 +153,12 @@ def pq_row(bits: int, rows: Tensor) -> list[Any]:
 def speed(settings: tuple[Setting, ...], keep: Callable[[list[list[Any]]], None]) -> None:
     """The rows of the settings, and of product quantization; what is measured is given to `keep` row by row."""
     rows = vectors(COUNT, 0)
-    settings[0].estimator(rows[:FEW])
-    torch.linalg.eigh(rows[:DIM].double())  # the first call prepares the library
-    taught = {setting: seconds(partial(setting.estimator, rows[:SAMPLE])) for setting in settings}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(usable_cores(), mp_context=context) as pool:
-        jobs = [pool.submit(compiled, taught[s][1], batch) for batch in reversed(BATCHES) for s in reversed(settings)]
-        for job in tqdm(jobs, desc="compiling", unit="scan"):
-            job.result()
+    for setting in settings:
+        setting.estimator(rows[:FEW])  # compiles, and the first calls prepare libraries
     table: list[list[Any]] = []
     untrained: dict[int, list[float]] = {}
     for setting in settings:
-        train, estimator = taught[setting]
+        train, estimator = seconds(partial(setting.estimator, rows[:SAMPLE]))
         table.append(speed_row(setting, estimator, train if setting.trained else 0, rows, untrained))
         keep(table)
     for bits in WIDTHS:

@@ -53,10 +53,11 @@ def run(job: dict[str, Any]) -> tuple[dict[str, Any], Ids]:
     """Train, add, search, time.
 
     Args:
-        job: `family`, `setting`, `problem`, `train` and `test` (files of float32), `training_rows`, `k`, `threads`.
+        job: `family`, `setting`, `problem`, `train` and `test` (files of float32), `training_rows`, `k`, `threads`, and
+            `timed`: whether times are wanted.
 
     Returns:
-        The raw row and the ids found.
+        The raw row, without times if none are wanted, and the ids found.
     """
     problem = Problem(**job["problem"])
     family = FAMILIES[job["family"]]
@@ -69,10 +70,14 @@ def run(job: dict[str, Any]) -> tuple[dict[str, Any], Ids]:
     train_seconds = seconds(lambda: engine.train(sample))
     add_seconds = seconds(lambda: engine.add(train))
     found = find(engine, test, min(job["k"], len(train)))
-    calls = {batch: time_calls(engine, test, batch) for batch in BATCHES}
-    row = {
+    row: dict[str, Any] = {
         "bytes_per_vector": engine.bytes_per_vector,
         "training_rows": rows if family.trained else None,
+    }
+    if not job["timed"]:
+        return row, found
+    calls = {batch: time_calls(engine, test, batch) for batch in BATCHES}
+    row |= {
         "train_seconds": round(train_seconds, 4),
         "add_seconds": round(add_seconds, 4),
         "call_seconds": {str(batch): [float(f"{value:.4g}") for value in times] for batch, times in calls.items()},
