@@ -43,6 +43,7 @@ STEPS, WARM = 10, 3
 SLOW_STEPS = 2  # of a cache whose steps take seconds
 ROOM = 256  # tokens of a context left for warm-up and steps
 FILL = 8192  # tokens filled at a time
+DENSE_TOKENS = 260  # sinks and recent tokens of our cache
 SPARE = 5e9  # bytes left for logits, activations and one layer's second copy
 DENSE = "DynamicCache"
 NO_CUDNN = ", no cuDNN"
@@ -273,7 +274,8 @@ def main(arguments: list[str]) -> int:
     for context in options.contexts:
         batches = list(options.batches)
         if options.largest and context >= LARGE:
-            fits = [int(room / (context * each * (1 + 2 / options.layers))) for each in (dense_token, ours_token)]
+            bytes_of = [context * dense_token, context * ours_token + DENSE_TOKENS * dense_token]
+            fits = [int(room / (each * (1 + 2 / options.layers))) for each in bytes_of]
             batches += [batch for batch in fits if batch not in batches]
         baseline: dict[tuple[int, bool], dict[str, Any]] = {}
         for batch in batches:
