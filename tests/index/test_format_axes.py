@@ -63,24 +63,48 @@ FORGED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", FORGED)
-def test_forged_files_are_refused(tmp_path: Path, case: str) -> None:
-    content = parse_trained((FOLDER / "axes-l2.tqindex").read_bytes())
-    header, changes, version = FORGED[case]
-    tensors = dict(content.tensors)
-    for name, change in changes.items():
-        tensor = tensors.pop(name)
-        if change is not None:
-            changed = {"shorter": tensor[:-1], "zero": 0 * tensor}.get(change) if isinstance(change, str) else None
-            tensors[name] = tensor.astype(change) if changed is None else changed
-    order = [name for name in content.tensors if name in tensors]
-    forged = {key: value for key, value in {**content.header, **header}.items() if value is not None}
-    (tmp_path / "forged").write_bytes(put_together(forged, {name: tensors[name] for name in order}, version))
+SLOPING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "version 2 with slopes": ({"levels": None}, {}, "2"),
+    "slopes are not true": ({"slopes": False}, {}, "4"),
+    "slopes without the entry": ({"slopes": None}, {}, "4"),
+    "the entry without slopes": ({}, {"slopes": None}, "4"),
+    "slopes above 1": ({}, {"slopes": "above"}, "4"),
+    "slopes that are no numbers": ({}, {"slopes": "nan"}, "4"),
+    "slopes of another dtype": ({}, {"slopes": np.float64}, "4"),
+    "a slope less": ({}, {"slopes": "shorter"}, "4"),
+    "slopes without axes": ({"learnt_plan": None, "keeps_product": None, "levels": None}, {}, "4"),
+}
+
+
+@pytest.mark.parametrize("case", SLOPING)
+def test_forged_slopes_are_refused(tmp_path: Path, case: str) -> None:
+    forge(tmp_path / "forged", "slopes-l2", *SLOPING[case])
     with pytest.raises(CorruptFileError, match="forged"):
         TurboQuantIndex.load(tmp_path / "forged")
 
 
-@pytest.mark.parametrize("name", ["axes-l2", "axes-cosine"])
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_files_are_refused(tmp_path: Path, case: str) -> None:
+    forge(tmp_path / "forged", "axes-l2", *FORGED[case])
+    with pytest.raises(CorruptFileError, match="forged"):
+        TurboQuantIndex.load(tmp_path / "forged")
+
+
+def forge(path: Path, name: str, header: dict[str, Any], changes: dict[str, Any], version: str) -> None:
+    """Writes a golden file with entries and tensors changed; None takes them away."""
+    content = parse_trained((FOLDER / f"{name}.tqindex").read_bytes())
+    tensors = dict(content.tensors)
+    for key, change in changes.items():
+        tensor = tensors.pop(key)
+        if change is not None:
+            named = {"shorter": tensor[:-1], "zero": 0 * tensor, "above": 0 * tensor + 2, "nan": np.nan * tensor}
+            tensors[key] = named[change] if isinstance(change, str) else tensor.astype(change)
+    order = [key for key in content.tensors if key in tensors]
+    forged = {key: value for key, value in {**content.header, **header}.items() if value is not None}
+    path.write_bytes(put_together(forged, {key: tensors[key] for key in order}, version))
+
+
+@pytest.mark.parametrize("name", ["axes-l2", "axes-cosine", "slopes-l2", "slopes-cosine"])
 def test_golden_files_load_for_ever(tmp_path: Path, name: str) -> None:
     """Their axes came from a library's eigenvectors, so they are not made again; what is added to them is."""
     path = FOLDER / f"{name}.tqindex"
@@ -99,5 +123,5 @@ def test_golden_files_load_for_ever(tmp_path: Path, name: str) -> None:
     index.add(((i * i * 37 + j * 101 + i * j * 13) % 61 - 30).astype(np.float32) / 8)
     index.save(tmp_path / "again")
     added = parse_trained((tmp_path / "again").read_bytes())
-    for column in ("packed", "scales"):
+    for column in {"packed", "scales", "bias"} & content.tensors.keys():
         np.testing.assert_array_equal(added.tensors[column], content.tensors[column])
