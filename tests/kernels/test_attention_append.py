@@ -68,7 +68,10 @@ PLANS = [[(64, 4)], [(64, 3)], [(80, 2)], [(32, 1)], [(32, 8)], [(16, 4), (24, 3
 
 @pytest.mark.parametrize(
     ("pairs", "along_tokens", "block"),
-    [*((pairs, along, 128) for pairs in PLANS for along in (False, True)), ([(64, 3)], True, 32)],
+    [
+        *((pairs, along, 128) for pairs in PLANS for along in (False, True)),
+        *(([(64, 3)], along, block) for along in (False, True) for block in (32, 64)),
+    ],
 )
 def test_codes_and_scales(oracle, device, pairs, along_tokens, block):
     rng = np.random.default_rng(0)

@@ -109,6 +109,11 @@ def _columns_a_step(size: int, width: int) -> tuple[int, bool]:
     return max(least, min(32, 1 << (columns - 1).bit_length())), False
 
 
+def _aligned(width: int, plane: int) -> bool:
+    """Whether the rows of all planes are, to 16 bytes: shorter ones may leave a thread fewer than four neighbours."""
+    return plane % (32 if width == 3 else 16) == 0
+
+
 @lru_cache(maxsize=64)
 def key_layout(bands: tuple[BandKey, ...], assembled: bool, device: torch.device) -> KeyLayout:
     """The layout of keys' bands, with assembly or all portable."""
@@ -121,7 +126,7 @@ def key_layout(bands: tuple[BandKey, ...], assembled: bool, device: torch.device
             plane = -(-size * (2 if width == 3 else width) // 8)
             step, whole = _columns_a_step(size, width)
             columns = -(-size // COLUMN_DIMS[width])
-            quad = assembled and whole and plane % 16 == 0
+            quad = assembled and whole and _aligned(width, plane)
             form, dims = int(whole), slot_dims(width, -(-columns // step) * step, quad)
             if width == 3 and quad and step >= DEPTH // 2:
                 form, step, columns = WORDS, 2 * step, 2 * columns
@@ -230,7 +235,7 @@ def value_layout(bands: tuple[BandKey, ...], block: int, assembled: bool, device
             nbytes = sum(-(-block * plane // 8) for plane in planes_of(width))
             plane = block * (2 if width == 3 else width) // 8
             columns, form = block // COLUMN_DIMS[width], 1
-            quad = assembled and columns % 4 == 0 and plane % 16 == 0
+            quad = assembled and columns % 4 == 0 and _aligned(width, plane)
             dims = slot_dims(width, columns, quad)
             if width == 3 and quad and columns >= DEPTH // 2:
                 form, columns = WORDS, 2 * columns
