@@ -35,9 +35,9 @@ def _table(band: Band, codec: Codec, law_dim: int, levels: Levels, device: torch
         along = trellis_codebook(band.width)
         return BandTable(band.size, band.width, none, along.levels(device), along.integers, -0.5, along.step, "trellis")
     book = codecs.scalar_codebook(band.width, law_dim, levels)
-    tables = (torch.from_numpy(table).float().to(device) for table in (book.boundaries, book.levels))
+    boundaries, values = (torch.from_numpy(table).float().to(device) for table in (book.boundaries, book.levels))
     integers = _even_integers(book) if levels == "even" and band.width > 4 else _integers(book, law_dim)
-    return BandTable(band.size, band.width, *tables, *integers)
+    return BandTable(band.size, band.width, boundaries, values, *integers)
 
 
 def _integers(book: Codebook, law_dim: int) -> tuple[tuple[int, ...], float, float]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -13,31 +12,34 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def plainly(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets a function compute as outside of inference mode and autocast, where its caller is in one.
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets a function compute as outside of autocast, where its caller is in it.
 
-    A tensor that is made in inference mode can never be changed in place outside of it, as an index's columns are, and
-    autocast would round products to 16 bits.
+    Autocast would round products to 16 bits, and joins no float16 tensors where it is for bfloat16.
     """
 
     @functools.wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not (
-            torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        ):
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
             return function(*args, **kwargs)
-        with _plain():
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 
     return plain
 
 
-@contextmanager
-def _plain() -> Iterator[None]:
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
+def plainly(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets a function compute as outside of autocast and of inference mode; without gradients, if in the latter.
+
+    A tensor that is made in inference mode can never be changed in place outside of it, as an index's columns are.
+    """
+    function = without_autocast(function)
+
+    @functools.wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return plain

@@ -176,7 +176,7 @@ class TurboQuantCache(DynamicCache):
             if hasattr(layer, "batch_repeat_interleave"):
                 layer.batch_repeat_interleave(repeats)
             elif (batch := recurrent_batch(layer)) is not None:
-                layer.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
+                layer.reorder_cache(torch.arange(batch, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences of these indices, or those where a mask is True, in every layer, recurrent states too."""
@@ -185,7 +185,7 @@ class TurboQuantCache(DynamicCache):
             if hasattr(layer, "batch_select_indices"):
                 layer.batch_select_indices(indices)
             elif (batch := recurrent_batch(layer)) is not None:
-                layer.reorder_cache(torch.arange(batch)[torch.as_tensor(indices).cpu()])
+                layer.reorder_cache(torch.arange(batch, device="cpu")[torch.as_tensor(indices).cpu()])
 
 
 _COMPRESSIBLE = (DynamicLayer, LinearAttentionAndFullAttentionLayer)

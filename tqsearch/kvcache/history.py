@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tqsearch.kvcache.store import CompressedStates, StateCodec
+from tqsearch.modes import without_autocast
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,6 +55,7 @@ class History:
         parts = {"sinks": self.sinks, "recent": self.recent}
         return parts if self.compressed is None else {**parts, **self.compressed.tensors()}
 
+    @without_autocast
     def append(self, states: Tensor, sink_length: int) -> History:
         """With new tokens at the end, (B, H, n, D); the first `sink_length` of all go to the sinks."""
         if self.compressed is not None:
@@ -73,6 +75,7 @@ class History:
             return self
         return replace(self, sinks=self.sinks.detach(), recent=self.recent.detach())
 
+    @without_autocast
     def compress(self, residual_length: int) -> History:
         """With the older recent tokens in compressed blocks, once `residual_length` + a block have gathered.
 
@@ -105,6 +108,7 @@ class History:
             return self
         return replace(self, recent=self.recent.clone(memory_format=torch.contiguous_format))
 
+    @without_autocast
     def decode(self) -> Tensor:
         """All tokens, (B, H, T, D) in the model's dtype."""
         sinks, compressed = self.sinks.shape[2], self.compressed_length
@@ -118,6 +122,7 @@ class History:
         out[:, :, sinks + compressed :] = self.recent
         return out
 
+    @without_autocast
     def decoded(self, start: int, stop: int) -> Tensor:
         """The compressed tokens from `start` to `stop`, whole blocks: (B, H, stop - start, D) in the model's dtype."""
         states = self.recent.new_empty((*self.recent.shape[:2], stop - start, self.recent.shape[3]))

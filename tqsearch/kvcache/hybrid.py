@@ -58,13 +58,13 @@ class TurboQuantHybridLayer(TurboQuantLayer, LinearAttentionAndFullAttentionLaye
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences of these indices, or those where a mask is True."""
         if (batch := recurrent_batch(self)) is not None:
-            _Recurrent.reorder_cache(self, torch.arange(batch)[torch.as_tensor(indices).cpu()])
+            _Recurrent.reorder_cache(self, torch.arange(batch, device="cpu")[torch.as_tensor(indices).cpu()])
         TurboQuantLayer.batch_select_indices(self, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence."""
         if (batch := recurrent_batch(self)) is not None:
-            _Recurrent.reorder_cache(self, torch.arange(batch).repeat_interleave(repeats))
+            _Recurrent.reorder_cache(self, torch.arange(batch, device="cpu").repeat_interleave(repeats))
         TurboQuantLayer.batch_repeat_interleave(self, repeats)
 
 

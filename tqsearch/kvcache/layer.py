@@ -238,7 +238,7 @@ class TurboQuantLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence."""
         if self.past is not None:
-            self._select(torch.arange(self.past[0].recent.shape[0]).repeat_interleave(repeats))
+            self._select(torch.arange(self.past[0].recent.shape[0], device="cpu").repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Moves everything to the CPU; blocks that `prefetch` fetched and that are as they were are still there."""

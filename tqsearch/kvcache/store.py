@@ -229,7 +229,9 @@ class StateCodec:
     def matrix(self, device: torch.device) -> Tensor:
         """The rotation as a matrix R, (D, D) float32: the rotated vector of x is R x."""
         if device not in self._matrices:
-            self._matrices[device] = self.quantizer.rotation.apply(torch.eye(self.dim, device=device)).t().contiguous()
+            self._matrices[device] = (
+                self.quantizer.rotation.apply(torch.eye(self.dim, dtype=torch.float32, device=device)).t().contiguous()
+            )
         return self._matrices[device]
 
     @torch.no_grad()
