@@ -214,6 +214,13 @@ def test_the_rule_for_a_trellis() -> None:
     assert recommend(Diagnosis((layer(),), {}, 100, 2), 0.16).layers == (LayerBits(4, 4),)  # of scalar levels
 
 
+def test_six_bits_are_for_scalar_levels_alone() -> None:
+    # Distortions of 4 and 6 bits: 0.0095, 0.00069: noise per 1.0 of queries 0.0866, 0.0233 (a trellis has 0.068 at 4).
+    diagnosis = Diagnosis((layer(query_norm=5.0),), {}, 100, 2)
+    assert recommend(diagnosis, 0.16).layers[0].keys == 6
+    assert recommend(diagnosis, 0.16, "trellis").layers[0].keys == 8
+
+
 def test_less_noise_takes_no_fewer_bits() -> None:
     widths = [
         recommend(Diagnosis((layer(),), {}, 100, 2), noise).layers[0] for noise in (2.0, 0.6, 0.35, 0.2, 0.1, 0.03)
