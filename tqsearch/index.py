@@ -16,13 +16,14 @@ from tqsearch import index_file, kernels
 from tqsearch.arrays import ArrayLike, IdsLike, as_device, as_ids, as_rows, like
 from tqsearch.blocks import encode_blocks
 from tqsearch.codec import Codec
+from tqsearch.codes import Codes
 from tqsearch.contents import LARGEST_ID, Contents, check_distinct, new_ids
 from tqsearch.errors import InvalidInputError
 from tqsearch.estimator import Estimator
 from tqsearch.locks import ReadWriteLock
 from tqsearch.modes import plainly
 from tqsearch.plan import BitPlan
-from tqsearch.quantizer import Codes, TurboQuantizer
+from tqsearch.quantizer import TurboQuantizer
 from tqsearch.recipe import Metric, Recipe
 from tqsearch.scanning import Searcher
 from tqsearch.segments import Columns

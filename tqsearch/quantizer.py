@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tqsearch.arrays import ArrayLike, as_device, as_matrix, like
 from tqsearch.band_tables import band_tables
 from tqsearch.codebook import MAX_BITS
 from tqsearch.codec import Codec, Levels
+from tqsearch.codes import Codes, EncodedRows, Expected, joined
 from tqsearch.errors import InvalidInputError
 from tqsearch.kernels import BandTable
 from tqsearch.modes import plainly
@@ -27,55 +28,6 @@ from tqsearch.training.basis import Basis
 Form = Literal["mse", "prod"]
 
 _BASIS_BLOCK = 1 << 21  # float64 numbers of a block while encoding in a learnt basis
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Encoded vectors.
-
-    Attributes:
-        packed: (n, row bytes) uint8, in the layout of `packing`, or of `trellis.pack`.
-        scales: (n,) of the quantizer's scale dtype: what the levels are multiplied by.
-        signs: (n, ceil(d / 8)) uint8, one bit a projection; form "prod" only.
-        residual_norms: (n,) float32; form "prod" only.
-    """
-
-    packed: Tensor
-    scales: Tensor
-    signs: Tensor | None = None
-    residual_norms: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.packed)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parts."""
-        parts = (self.packed, self.scales, self.signs, self.residual_norms)
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
-
-
-class EncodedRows(NamedTuple):
-    """Codes, with what an index keeps beside them; see `TurboQuantizer.encode_rows`."""
-
-    packed: Tensor
-    scales: Tensor
-    norms: Tensor
-    centre_products: Tensor
-    expected: Expected | None = None
-
-
-class Expected(NamedTuple):
-    """What makes the score of the query expected of a row exact: t = c + sum of gamma_i y_i a_i, see `neighbours`.
-
-    Attributes:
-        scales: (n,) of the scale dtype: with these instead <t, z> is exact; never more than twice or less than half the
-            unbiased ones.
-        missed: (n,) float64: <t - c, z> less its estimate by the unbiased scales.
-    """
-
-    scales: Tensor
-    missed: Tensor
 
 
 class TurboQuantizer:
@@ -255,7 +207,7 @@ class TurboQuantizer:
         centre = torch.zeros(self.dim, dtype=torch.float32) if self.centre is None else self.centre
         centre = centre.to(matrix.device).double()
         blocks = torch.split(matrix, max(1, _BASIS_BLOCK // self.dim))
-        return _joined([self._block_in_basis(block, basis, centre) for block in blocks])
+        return joined([self._block_in_basis(block, basis, centre) for block in blocks])
 
     def _block_in_basis(self, matrix: Tensor, basis: Basis, centre: Tensor) -> EncodedRows:
         tables = self.tables(matrix.device)
@@ -380,22 +332,6 @@ class TurboQuantizer:
         if found != wanted:
             said = [f"{size} bytes a row {'and' if signs else 'without'} signs" for size, signs in (wanted, found)]
             raise InvalidInputError(f"codes must be of this quantizer, {said[0]}, got {said[1]}")
-
-
-def _joined(parts: list[EncodedRows]) -> EncodedRows:
-    """Blocks of rows, at least one, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    expected = [part.expected for part in parts if part.expected is not None]
-    return EncodedRows(
-        torch.cat([part.packed for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat([part.norms for part in parts]),
-        torch.cat([part.centre_products for part in parts]),
-        Expected(torch.cat([part.scales for part in expected]), torch.cat([part.missed for part in expected]))
-        if expected
-        else None,
-    )
 
 
 def _less_one(bits: float | BitPlan) -> float | BitPlan:
