@@ -23,6 +23,7 @@ from tqsearch.demo import first_queries, unit_rows
 
 DEPTH = 100
 SEED = 0
+BUSY = "train and add in seconds of the processor, searches timed in an earlier run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--update", action="store_true", help="with --only: measure these families again, keep the file's other rows"
     )
     parser.add_argument(
-        "--keep-times", action="store_true", help="with --update, on a busy machine: times stay those of the file"
+        "--keep-times", action="store_true", help="with --update, on a busy machine: times of searches stay"
     )
     parser.add_argument(
         "--bits", type=float, action="append", help="run TurboQuant only at this width; may be repeated"
@@ -145,7 +146,7 @@ def main(arguments: list[str]) -> int:
         before = json.loads(target.read_text())
         old = [row for row in before["runs"] if row["family"] not in options.only]
         timed = {(row["family"], row["setting"]): row for row in before["runs"] if options.keep_times}
-        made = result["environment"] | ({"times": "its times are of an earlier run"} if options.keep_times else {})
+        made = result["environment"] | ({"times": BUSY} if options.keep_times else {})
         again = before.get("again", {}) | dict.fromkeys(options.only, made)
         result |= {"environment": before["environment"], "again": again, "notes": before["notes"] | result["notes"]}
     runs = [run for run in runs if not options.only or run[0] in options.only]
