@@ -21,6 +21,7 @@ PLANS = {
     "6 bits": [(41, 6)],
     "8 bits": [(40, 8)],
     "bands": [(24, 8), (22, 6), (40, 4), (9, 3), (30, 0), (16, 2), (21, 1)],
+    "even bands": [(32, 8), (64, 6), (64, 4), (128, 3), (8, 0), (64, 2), (128, 1)],
     "4 bits, whole columns": [(256, 4)],
     "3 bits, whole columns": [(256, 3)],
     "2 bits, whole columns": [(256, 2)],
@@ -34,9 +35,30 @@ def grid(width: int, rng: np.random.Generator) -> tuple[np.ndarray, float, float
     """Numbers, offset and step of some table of the width: any will do."""
     if width == 1:
         return np.array([0, 1]), 0.5, 1.6
+    if width > 4 and rng.random() < 0.5:  # levels of equal distance
+        return np.arange(2**width) - (128 if width == 8 else 0), -0.5 if width == 8 else 31.5, 0.021
     if width > 4:
         return np.sort(rng.choice(np.arange(-127, 128), 2**width)), 0.0, 0.021
     return np.sort(rng.choice(128, 2**width, replace=False)), 63.5, 0.04
+
+
+def rounded_bands(parts: list[np.ndarray], steps: list[float], widths: list[int]) -> list[np.ndarray]:
+    """Queries' parts in bands, (q, size), rounded as the docstring of `scan_layout` says, and back."""
+    runs: list[list[int]] = []
+    for place, width in enumerate(widths):
+        joins = runs and width <= 4 and widths[place - 1] <= 4 and len(runs) >= 4
+        runs = [*runs[:-1], [*runs[-1], place]] if joins else [*runs, [place]]
+    found = {}
+    for run in runs:
+        if len(run) > 1:  # a bit's two levels are 32 steps apart
+            steps = [step / 32 if widths[place] == 1 and place in run else step for place, step in enumerate(steps)]
+        largest = {place: np.abs(parts[place]).max(axis=1, keepdims=True).astype(np.float32) / 127 for place in run}
+        unit = np.max([largest[place] * np.float32(steps[place]) for place in run], axis=0)
+        for place in run:
+            scale = largest[place] if len(run) == 1 else unit / np.float32(steps[place])
+            whole = np.floor(parts[place].astype(np.float32) / scale + np.float32(0.5))
+            found[place] = whole.astype(np.float64) * unit / steps[place]
+    return [found[place] for place in range(len(parts))]
 
 
 class Case:
@@ -54,19 +76,21 @@ class Case:
         self.bias = rng.standard_normal(n).astype(np.float32)
         self.mask = rng.random(n) < 0.7
         self.bands, self.exact, self.rounded = [], np.zeros((q, n)), np.zeros((q, n))
-        start = 0
+        start, coded = 0, []
         for size, width in pairs:
             numbers, offset, step = (np.zeros(1), 0.0, 0.0) if width == 0 else grid(width, rng)
             levels = ((numbers - offset) * step).astype(np.float32)
             part, code = self.queries[:, start : start + size].astype(np.float64), codes[:, start : start + size]
             self.exact += part @ levels.astype(np.float64)[code].T
-            scale = np.abs(part).max(axis=1, keepdims=True) / 127
-            whole = np.floor(part.astype(np.float32) / scale.astype(np.float32) + np.float32(0.5))
-            self.rounded += scale * step * (whole @ (numbers - offset)[code].T)
+            if width:
+                coded.append((part, step, width, ((numbers - offset) * step)[code]))
             boundaries = torch.from_numpy((levels[1:] + levels[:-1]) / 2)
             table = [int(number) for number in numbers]
             self.bands.append(BandTable(size, width, boundaries, torch.from_numpy(levels), tuple(table), offset, step))
             start += size
+        parts, steps, widths, levels_of = zip(*coded, strict=True)
+        for whole, levels in zip(rounded_bands(list(parts), list(steps), list(widths)), levels_of, strict=True):
+            self.rounded += whole @ levels.T
 
     def scan(self, k, *, backend="triton", bias=True, mask=True, precision="exact", packed=None):
         def put(array):
@@ -220,7 +244,7 @@ def test_select_and_its_refusals(device, monkeypatch):
     assert kernels.select("auto", torch.device("cpu")) == "reference"
     assert kernels.select("reference", torch.device("cuda")) == "reference"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(BackendError, match="on a GPU, got cpu; move the index with"):
+    with pytest.raises(BackendError, match="on a GPU, got cpu; move index or model with"):
         kernels.select("triton", torch.device("cpu"))
     with pytest.raises(InvalidInputError, match="backend must be one of 'auto', 'reference', 'triton', got 'cuda'"):
         kernels.select("cuda", device)

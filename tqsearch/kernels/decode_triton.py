@@ -28,6 +28,7 @@ from tqsearch.packing import FIELD_ORDER
 WIDTHS = (1, 2, 3, 4, 6, 8)
 PARTS = {1: 8, 2: 4, 3: 8, 4: 2, 6: 4, 8: 1}
 COLUMN_DIMS = {1: 8, 2: 4, 3: 8, 4: 2, 6: 4, 8: 1}
+EVEN = {6: tuple(range(64)), 8: tuple(range(-128, 128))}  # the numbers of levels of equal distance
 
 
 def slot_dims(width: int, columns: int, quad: bool) -> npt.NDArray[np.int64]:
@@ -52,7 +53,7 @@ def slot_dims(width: int, columns: int, quad: bool) -> npt.NDArray[np.int64]:
 
 
 def assembly(width: int, steps: Sequence[int], quad: bool, register: Callable[[int], str] | None = None) -> str:
-    """The PTX that decodes four columns of a width; "" for 6 and 8 bits.
+    """The PTX that decodes four columns of a width; "" for 6 and 8 bits where numbers are not the code, less 128 at 8.
 
     The table's words are constants, but every other one from the first on is the register that `register` names.
     """
@@ -62,12 +63,16 @@ def assembly(width: int, steps: Sequence[int], quad: bool, register: Callable[[i
         lines = ["and.b32 $7, $8, 0x80808080;"]
         for part in range(7):
             lines += [f"shl.b32 a, $8, {7 - part};", f"and.b32 ${part}, a, 0x80808080;"]
-    elif width == 1:  # the code is its own number
-        lines = ["and.b32 $0, $8, 0x01010101;"]
-        for part in range(1, 8):
-            lines += [f"shr.u32 a, $8, {part};", f"and.b32 ${part}, a, 0x01010101;"]
+    elif width == 1:  # 0 or a power of two: the code's bit in its place
+        place, mask = steps[1].bit_length() - 1, f"{0x01010101 * steps[1]:#x}"
+        lines = []
+        for part in range(8):
+            shift = f"shl.b32 a, $8, {place - part};" if part <= place else f"shr.u32 a, $8, {part - place};"
+            lines += [shift, f"and.b32 ${part}, a, {mask};"]
     elif width in (6, 8):
-        return ""
+        if tuple(steps) != EVEN[width]:
+            return ""
+        lines = _single_6() if width == 6 else ["xor.b32 $0, $1, 0x80808080;"]
     elif quad:
         lines = {2: _quad_2, 3: _quad_3, 4: _quad_4}[width](table)
     else:
@@ -166,6 +171,20 @@ def _single_3(table: list[str]) -> list[str]:
     return lines
 
 
+def _single_6() -> list[str]:
+    lines = []
+    for part in range(4):
+        lines.append("shr.u32 a, a, 4;" if part % 2 else f"prmt.b32 a, $4, $5, {'0x7531' if part else '0x6420'};")
+        shift = 4 - 2 * part
+        lines += [
+            f"{'shl.b32' if shift >= 0 else 'shr.u32'} b, $6, {abs(shift)};",
+            "and.b32 b, b, 0x30303030;",
+            "and.b32 c, a, 0x0f0f0f0f;",
+            f"or.b32 ${part}, b, c;",
+        ]
+    return lines
+
+
 @triton.jit
 def decode(x, y, table_ptr, WIDTH: tl.constexpr, ASSEMBLY: tl.constexpr):
     """The parts of a tile of columns.
@@ -176,7 +195,13 @@ def decode(x, y, table_ptr, WIDTH: tl.constexpr, ASSEMBLY: tl.constexpr):
     """
     # fmt: off
     if WIDTH == 8:
-        return (tl.load(table_ptr + x.to(tl.int32)),)
+        if ASSEMBLY != "":
+            return (tl.inline_asm_elementwise(ASSEMBLY, "=r,r", [x], tl.int8, True, 4),)
+        else:
+            return (tl.load(table_ptr + x.to(tl.int32)),)
+    elif WIDTH == 6 and ASSEMBLY != "":
+        return tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,=r,=r,=r,r,r,r", [x, y], (tl.int8, tl.int8, tl.int8, tl.int8), True, 4)
     elif WIDTH == 6:
         c = x.to(tl.int32)
         b = y.to(tl.int32)

@@ -90,8 +90,8 @@ _TRELLIS_CONFIGS: dict[int, tuple[tuple[int, Config], ...]] = {
         (128, Config(128, 32, 128, 4, 2, 0, False)),
     ),
 }
-# Of several bands: two accumulators are alive, and whatever is wider spills registers.
-_SEVERAL = ((16, Config(16, 32, 128, 8, 3, 0, False)), (32, Config(32, 32, 128, 8, 2, 0, False)))
+# Of several bands: sums of integers and of floats are alive, and whatever is wider spills registers.
+_SEVERAL = ((16, Config(16, 32, 64, 4, 2, 3, True)), (64, Config(64, 32, 128, 8, 2, 0, False)))
 _EXACT = Config(16, 16, 128, 8, 2, 0, False)  # small steps: they are unrolled, and compile in proportion
 _RESERVE = 32_000  # bytes of shared memory beside queries and codes
 

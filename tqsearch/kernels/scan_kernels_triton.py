@@ -100,23 +100,21 @@ def _band_products(
     values_ptr,
     query,
     pieces,
+    acc,  # (TILE, BLOCK_Q)
     tables_ptr,
     ROW: tl.constexpr,
     SLOTS: tl.constexpr,
     BAND: tl.constexpr,
     CONSTANTS: tl.constexpr,  # of the band; see `scan_kernel`
     ASSEMBLY: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDENT: tl.constexpr,
     EXACT: tl.constexpr,
     EVEN_ROWS: tl.constexpr,
 ):
-    """The sums over one band of levels times query, (TILE, BLOCK_Q); a function, as bands differ in their types."""
+    """Adds the sums over one band of levels times query to `acc`; a function, as bands differ in their types."""
     SLOT: tl.constexpr = CONSTANTS[4]
-    acc = tl.zeros((TILE, BLOCK_Q), tl.float32 if EXACT else tl.int32)
     # fmt: off
     if RESIDENT:
         for c in tl.static_range((CONSTANTS[1] + BLOCK_C - 1) // BLOCK_C):
@@ -140,20 +138,19 @@ def _band_sums(
     rows,
     values_ptr,
     query,
+    acc,  # (ROWS,)
     tables_ptr,
     ROW: tl.constexpr,
     SLOTS: tl.constexpr,
     BAND: tl.constexpr,
     CONSTANTS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EXACT: tl.constexpr,
     EVEN_ROWS: tl.constexpr,
 ):
-    """`_band_products` for one query, (ROWS,), by sums in place of a matrix product."""
+    """`_band_products` for one query, by sums in place of a matrix product."""
     DTYPE: tl.constexpr = tl.float32 if EXACT else tl.int32
-    acc = tl.zeros((ROWS,), DTYPE)
     for start in range(0, CONSTANTS[1], BLOCK_C):
         parts = _parts(codes_ptr, rows, start, tables_ptr, ROW, BAND, CONSTANTS, ASSEMBLY, BLOCK_C, EVEN_ROWS)
         for p in tl.static_range(len(parts)):
@@ -161,6 +158,17 @@ def _band_sums(
             value = tl.load(values_ptr + query * SLOTS + slots)
             acc += tl.sum(parts[p].to(DTYPE) * value.to(DTYPE)[None, :], axis=1)
     return acc
+
+
+@triton.jit
+def _row_terms(scales_ptr, bias_ptr, mask_ptr, rows, inside, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """What the sums of rows are multiplied by, and what is then added, -inf where no score is wanted."""
+    bias = tl.where(inside, 0.0, float("-inf"))
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr + rows).to(tl.float32)
+    if HAS_MASK:
+        bias = tl.where(tl.load(mask_ptr + rows) != 0, bias, float("-inf"))
+    return tl.load(scales_ptr + rows).to(tl.float32), bias
 
 
 @triton.jit
@@ -203,23 +211,19 @@ def _score_tile(
     inside = place < n
     rows = (first_row + tl.where(inside, place, n - 1)).to(tl.int64)
     score = tl.zeros((TILE, BLOCK_Q), tl.float32)
-    for b in tl.static_range(len(BANDS)):
-        # fmt: off
-        acc = _band_products(
-            codes_ptr, rows, values_ptr, query, pieces, tables_ptr, ROW, SLOTS, b, tl.constexpr(BANDS[b]),
-            tl.constexpr(ASSEMBLIES[b]), TILE, BLOCK_Q, BLOCK_C, STAGES, RESIDENT, EXACT, EVEN_ROWS)
-        # fmt: on
-        alpha = tl.load(alpha_ptr + b * alpha_stride + query)
-        beta = tl.load(beta_ptr + b * alpha_stride + query)
-        product = acc.to(tl.float32) * alpha[None, :] + beta[None, :]
-        score = product if b == 0 else score + product
-    scale = tl.load(scales_ptr + rows).to(tl.float32)
-    bias = tl.where(inside, 0.0, float("-inf"))
-    if HAS_BIAS:
-        bias += tl.load(bias_ptr + rows).to(tl.float32)
-    if HAS_MASK:
-        bias = tl.where(tl.load(mask_ptr + rows) != 0, bias, float("-inf"))
-    score = score * scale[:, None] + bias[:, None]
+    for run in tl.static_range(BANDS[len(BANDS) - 1][6] + 1):
+        acc = tl.zeros((TILE, BLOCK_Q), tl.float32 if EXACT else tl.int32)
+        for b in tl.static_range(len(BANDS)):
+            if BANDS[b][6] == run:
+                # fmt: off
+                acc = _band_products(
+                    codes_ptr, rows, values_ptr, query, pieces, acc, tables_ptr, ROW, SLOTS, b, tl.constexpr(BANDS[b]),
+                    tl.constexpr(ASSEMBLIES[b]), BLOCK_C, STAGES, RESIDENT, EXACT, EVEN_ROWS)
+                # fmt: on
+        product = acc.to(tl.float32) * tl.load(alpha_ptr + run * alpha_stride + query)[None, :]
+        score = product if run == 0 else score + product
+    scale, bias = _row_terms(scales_ptr, bias_ptr, mask_ptr, rows, inside, HAS_BIAS, HAS_MASK)
+    score = (score + tl.load(beta_ptr + query)[None, :]) * scale[:, None] + bias[:, None]
     if MAXIMA:
         tl.store(out_ptr + lane * out_stride + tile, tl.max(score, axis=0), mask=lane < q)
     else:
@@ -234,8 +238,8 @@ def scan_kernel(
     bias_ptr,  # (rows,) float32 or float16
     mask_ptr,  # (rows,) uint8
     values_ptr,  # (queries, SLOTS)
-    alpha_ptr,  # (len(BANDS), alpha_stride) float32
-    beta_ptr,  # (len(BANDS), alpha_stride) float32
+    alpha_ptr,  # (runs, alpha_stride) float32
+    beta_ptr,  # (alpha_stride,) float32
     tables_ptr,  # (len(BANDS), 256)
     out_ptr,  # (q, out_stride) float32: maxima of tiles, or scores
     first_row,
@@ -247,8 +251,8 @@ def scan_kernel(
     programs,  # for each block of queries
     ROW: tl.constexpr,  # bytes from one row to the next
     SLOTS: tl.constexpr,
-    BANDS: tl.constexpr,  # for each band (width, columns, byte offset, bytes of the first plane, slot offset, 0);
-    # along a trellis (width, columns, offset of its path, of its planes of f, slot offset, `masks`)
+    BANDS: tl.constexpr,  # for each band (width, columns, byte offset, bytes of the first plane, slot offset, 0, run);
+    # along a trellis (width, columns, offset of its path, of its planes of f, slot offset, `masks`, run)
     ASSEMBLIES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -292,8 +296,8 @@ def rescore_kernel(
     bias_ptr,  # (rows,) float32 or float16
     mask_ptr,  # (rows,) uint8
     values_ptr,  # (queries, SLOTS)
-    alpha_ptr,  # (len(BANDS), alpha_stride) float32
-    beta_ptr,  # (len(BANDS), alpha_stride) float32
+    alpha_ptr,  # (runs, alpha_stride) float32
+    beta_ptr,  # (alpha_stride,) float32
     tables_ptr,  # (len(BANDS), 256)
     tiles_ptr,  # (q, k) int64, the chosen tiles
     out_ptr,  # (q, k, TILE) float32
@@ -321,22 +325,28 @@ def rescore_kernel(
     inside = place < n
     rows = tl.where(inside, place, n - 1)
     score = tl.zeros((ROWS,), tl.float32)
-    for b in tl.static_range(len(BANDS)):
-        # fmt: off
-        acc = _band_sums(
-            codes_ptr, rows, values_ptr, query, tables_ptr, ROW, SLOTS, b, tl.constexpr(BANDS[b]),
-            tl.constexpr(ASSEMBLIES[b]), ROWS, BLOCK_C, EXACT, EVEN_ROWS)
-        # fmt: on
-        alpha = tl.load(alpha_ptr + b * alpha_stride + query)
-        beta = tl.load(beta_ptr + b * alpha_stride + query)
-        score += acc.to(tl.float32) * alpha + beta
-    bias = tl.where(inside, 0.0, float("-inf"))
-    if HAS_BIAS:
-        bias += tl.load(bias_ptr + rows).to(tl.float32)
-    if HAS_MASK:
-        bias = tl.where(tl.load(mask_ptr + rows) != 0, bias, float("-inf"))
-    score = score * tl.load(scales_ptr + rows).to(tl.float32) + bias
+    for run in tl.static_range(BANDS[len(BANDS) - 1][6] + 1):
+        acc = tl.zeros((ROWS,), tl.float32 if EXACT else tl.int32)
+        for b in tl.static_range(len(BANDS)):
+            if BANDS[b][6] == run:
+                # fmt: off
+                acc = _band_sums(
+                    codes_ptr, rows, values_ptr, query, acc, tables_ptr, ROW, SLOTS, b, tl.constexpr(BANDS[b]),
+                    tl.constexpr(ASSEMBLIES[b]), BLOCK_C, EXACT, EVEN_ROWS)
+                # fmt: on
+        product = acc.to(tl.float32) * tl.load(alpha_ptr + run * alpha_stride + query)
+        score = product if run == 0 else score + product
+    scale, bias = _row_terms(scales_ptr, bias_ptr, mask_ptr, rows, inside, HAS_BIAS, HAS_MASK)
+    score = (score + tl.load(beta_ptr + query)) * scale + bias
     tl.store(out_ptr + chosen.to(tl.int64) * TILE + within, score)
+
+
+@triton.jit
+def _in_slots(queries_ptr, slots_ptr, query, there, dim, FIRST: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr):
+    """The coordinates of a query in a band's slots, (BLOCK,), and which slots these are."""
+    slots = FIRST + tl.arange(0, BLOCK)
+    coordinate = tl.load(slots_ptr + slots, mask=slots < END, other=dim)
+    return tl.load(queries_ptr + query * dim + coordinate, mask=coordinate < there, other=0.0), slots
 
 
 @triton.jit(do_not_specialize=["q", "dim", "alpha_stride"])
@@ -345,8 +355,8 @@ def arrange_kernel(
     slots_ptr,  # (SLOTS,) int32, the coordinate of each slot, dim where there is none
     steps_ptr,  # (bands, 2) float32: step and offset of each band
     values_ptr,  # (q, SLOTS) int8
-    alpha_ptr,  # (bands, alpha_stride) float32
-    beta_ptr,  # (bands, alpha_stride) float32
+    alpha_ptr,  # (runs, alpha_stride) float32
+    beta_ptr,  # (alpha_stride,) float32
     q,
     dim,
     alpha_stride,
@@ -355,17 +365,30 @@ def arrange_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rounds one query to int8 in the order of the slots, a scale for each band; zeros where there is no query."""
+    """Rounds one query to int8 in the order of the slots, a unit for each run; zeros where there is no query.
+
+    A band's largest coordinate, of 127 parts, times its step is the least unit that it can have; a run's is the largest
+    of these.
+    """
     query = tl.program_id(0).to(tl.int64)
     there = tl.where(query < q, dim, 0)  # coordinates
-    for b in tl.static_range(len(ENDS)):
-        slots = BANDS[b][4] + tl.arange(0, BLOCK)
-        inside = slots < ENDS[b]
-        coordinate = tl.load(slots_ptr + slots, mask=inside, other=dim)
-        value = tl.load(queries_ptr + query * dim + coordinate, mask=coordinate < there, other=0.0)
-        scale = tl.max(tl.abs(value), axis=0) / 127.0
-        rounded = tl.floor(value / tl.where(scale > 0.0, scale, 1.0) + 0.5)
-        tl.store(values_ptr + query * SLOTS + slots, rounded.to(tl.int8), mask=inside)
-        alpha = scale * tl.load(steps_ptr + 2 * b)
-        tl.store(alpha_ptr + b * alpha_stride + query, alpha)
-        tl.store(beta_ptr + b * alpha_stride + query, -alpha * tl.load(steps_ptr + 2 * b + 1) * tl.sum(rounded, axis=0))
+    beta = 0.0
+    for run in tl.static_range(BANDS[len(BANDS) - 1][6] + 1):
+        unit = 0.0
+        for b in tl.static_range(len(BANDS)):
+            if BANDS[b][6] == run:
+                value, slots = _in_slots(queries_ptr, slots_ptr, query, there, dim, BANDS[b][4], ENDS[b], BLOCK)
+                least = tl.max(tl.abs(value), axis=0) / 127.0 * tl.abs(tl.load(steps_ptr + 2 * b))
+                unit = tl.maximum(unit, least)
+        for b in tl.static_range(len(BANDS)):
+            if BANDS[b][6] == run:
+                value, slots = _in_slots(queries_ptr, slots_ptr, query, there, dim, BANDS[b][4], ENDS[b], BLOCK)
+                step = tl.load(steps_ptr + 2 * b)
+                scale = tl.max(tl.abs(value), axis=0) / 127.0
+                scale = tl.where(scale * tl.abs(step) == unit, scale, unit / tl.abs(step))
+                rounded = tl.floor(value / tl.where(scale > 0.0, scale, 1.0) + 0.5)
+                rounded = tl.where(step < 0.0, -rounded, rounded)
+                tl.store(values_ptr + query * SLOTS + slots, rounded.to(tl.int8), mask=slots < ENDS[b])
+                beta -= unit * tl.load(steps_ptr + 2 * b + 1) * tl.sum(rounded, axis=0)
+        tl.store(alpha_ptr + run * alpha_stride + query, unit)
+    tl.store(beta_ptr + query, beta)

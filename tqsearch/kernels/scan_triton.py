@@ -8,8 +8,8 @@ Where the tiles are not many times k, step 1 writes the scores themselves.
 
 Trellis codes (`trellis_triton`) go through the same steps: their columns are loaded and decoded in another way.
 
-The queries are rounded to int8 with a scale for each query and band. With `precision="exact"` levels and queries stay
-float32.
+The queries are rounded to int8 with a scale for each query and band, where bands share a run (`scan_layout`) such that
+their products have one unit. With `precision="exact"` levels and queries stay float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
 from tqsearch.kernels.scan_cuts import Config, Shapes, config_for
 from tqsearch.kernels.scan_kernels_triton import arrange_kernel, rescore_kernel, scan_kernel
-from tqsearch.kernels.scan_layout import Layout, entries, layout_of
+from tqsearch.kernels.scan_layout import Layout, keyed, layout_of
 from tqsearch.kernels.scan_top_triton import best_kernel, choose_kernel, group_kernel
 
 _FEW = 32  # the largest k whose best tiles and rows one program picks
@@ -45,8 +45,8 @@ class Arranged(NamedTuple):
     Attributes:
         values: (more than q, slots) int8 (float32 when exact), each band's coordinates in the order of its parts,
             zeros where none is, and in rows from q on.
-        alpha: (bands, more than q) float32, what a band's product is multiplied by.
-        beta: (bands, more than q) float32, what is then added.
+        alpha: (runs, more than q) float32, what the sums of a run of bands are multiplied by; see `scan_layout`.
+        beta: (more than q,) float32, what is then added.
     """
 
     values: Tensor
@@ -65,16 +65,16 @@ def _shapes(bands: tuple[BandTable, ...]) -> Shapes:
 
 def _arrange(queries: Tensor, layout: Layout, exact: bool, beyond: int) -> Arranged:
     """Rotated queries (q, d) float32 in the order of the slots, rounded to int8 unless exact; `beyond` more, zeros."""
-    (count, dim), bands, device = queries.shape, len(layout.bands), queries.device
+    (count, dim), runs, device = queries.shape, layout.runs[-1] + 1, queries.device
     rows = -(-(count + beyond) // 16) * 16
     if exact:
         padded = queries.new_zeros((rows, dim + 1))
         padded[:count, :dim] = queries
-        return Arranged(padded[:, layout.slots], queries.new_ones((bands, rows)), queries.new_zeros((bands, rows)))
+        return Arranged(padded[:, layout.slots], queries.new_ones((runs, rows)), queries.new_zeros(rows))
     slots = len(layout.slots)
     values = torch.empty((rows, slots), dtype=torch.int8, device=device)
-    alpha = torch.empty((bands, rows), dtype=torch.float32, device=device)
-    beta = torch.empty((bands, rows), dtype=torch.float32, device=device)
+    alpha = torch.empty((runs, rows), dtype=torch.float32, device=device)
+    beta = torch.empty(rows, dtype=torch.float32, device=device)
 
     def constants() -> dict[str, object]:
         widest = max(end - band[4] for end, band in zip(layout.ends, layout.bands, strict=True))
@@ -124,9 +124,8 @@ class Scanner:
             config = config_for(len(queries), _shapes(bands), exact, _multiprocessors(self.device)[1])
         self.config = config
         self._rescored = min(config.tile, 16) if len(queries) <= _FEW_QUERIES else config.tile  # rows a program
-        key = tuple([(b.size, b.width, b.codec, *entries(b, exact)) for b in bands])
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
-        self.layout = layout = layout_of(key, config.block_c, exact, aligned, packed.device)
+        self.layout = layout = layout_of(keyed(bands, exact), config.block_c, exact, aligned, packed.device)
         values, alpha, beta = _arrange(queries, layout, exact, config.block_q)
         none = layout.tables
         self._operands = (
