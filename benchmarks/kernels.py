@@ -1,12 +1,12 @@
 """`python -m benchmarks kernels`: the GPU scan beside exact search by matrix product, encoding, and the limits.
 
 The rival is exact: float16 vectors, `queries @ vectors.T` in blocks of a million rows, `torch.topk` of each and of all.
-Ours is `kernels.scan`, from rotated float32 queries to scores and rows, called again and again by `kernels.repeated` as
-an index calls it. Codes are random bytes: time does not depend on them. "Index" is `TurboQuantIndex.search` of the
-rival's vectors, which checks, normalises and rotates queries that lie on the GPU, and waits for the result. Medians by
-device events, of calls from Python and of the same calls replayed from a CUDA graph, where the device does not wait for
-the host; ratios are of like with like. Encoding counts the bytes read and the codes written. The limits are measured in
-the same run: a large device-to-device copy, bytes read and written, and `torch._int_mm` of 8192 x 8192 x 8192 int8.
+Ours is `kernels.scan` of the codes of the same vectors, random normal numbers, from rotated float32 queries to scores
+and rows, called again and again by `kernels.repeated` as an index calls it. "Index" is `TurboQuantIndex.search`, which
+also checks, normalises and rotates the queries; they lie on the GPU. Medians by device events, of calls from Python and
+of the same calls replayed from a CUDA graph, where the device does not wait for the host; ratios are of like with like.
+Encoding counts the bytes read and the codes written. The limits are measured in the same run: a large device-to-device
+copy, bytes read and written, and `torch._int_mm` of 8192 x 8192 x 8192 int8.
 """
 
 import argparse
@@ -152,6 +152,17 @@ def index_times(vectors: Tensor, bits: int, queries: dict[int, Tensor]) -> dict[
     return {batch: milliseconds(partial(index.search, q, K)) for batch, q in queries.items()}
 
 
+def codes_of(vectors: Tensor, quantizer: TurboQuantizer) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales, made a block at a time."""
+    packed = torch.empty((len(vectors), quantizer.row_bytes), dtype=torch.uint8, device=vectors.device)
+    scales = torch.empty(len(vectors), dtype=quantizer.scale_dtype, device=vectors.device)
+    for start in range(0, len(vectors), RIVAL_BLOCK):
+        block = slice(start, start + RIVAL_BLOCK)
+        codes = quantizer.encode(vectors[block])
+        packed[block], scales[block] = codes.packed, codes.scales
+    return packed, scales
+
+
 def rows_of(
     count: int, dim: int, widths: tuple[int, ...], share: float, limits: tuple[float, float]
 ) -> list[list[Any]]:
@@ -160,15 +171,13 @@ def rows_of(
     queries = {batch: torch.randn((batch, dim), device="cuda") for batch in BATCHES}
     vectors = random_vectors(count, dim)
     rival = rival_times(vectors, queries)
-    searched = {bits: index_times(vectors, bits, queries) for bits in widths if mask is None}
-    del vectors
-    torch.cuda.empty_cache()
     rows: list[list[Any]] = []
     for bits in widths:
-        quantizer = TurboQuantizer(dim, bits)
-        tables = quantizer.tables(torch.device("cuda"))
-        packed = torch.randint(0, 256, (count, quantizer.plan.bytes_per_vector), dtype=torch.uint8, device="cuda")
-        scales = torch.rand(count, device="cuda").half()
+        searched = index_times(vectors, bits, queries) if mask is None else {}
+        torch.cuda.empty_cache()
+        quantizer = TurboQuantizer(dim, bits, unit=True)
+        tables = quantizer.tables(vectors.device)
+        packed, scales = codes_of(vectors, quantizer)
 
         def scan(q: Tensor, packed: Tensor = packed, scales: Tensor = scales, tables: Any = tables) -> Any:
             return kernels.scan(q, packed, scales, None, mask, tables, K)
@@ -176,7 +185,7 @@ def rows_of(
         ours = kernels.repeated(scan, packed.device)
         for batch, q in queries.items():
             called_time, device_time = milliseconds(partial(ours, q)), replayed(partial(scan, q))
-            index_time = searched[bits][batch] if bits in searched else None
+            index_time = searched.get(batch)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             ours(q)
@@ -206,7 +215,7 @@ def rows_of(
                     "all" if share == 1.0 else f"{share:.0%}",
                 ]
             )
-        del packed
+        del ours, scan, packed
         torch.cuda.empty_cache()
     return rows
 
