@@ -1,13 +1,15 @@
 """Users' arrays, by themselves and through the quantizer."""
 
+import gc
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from tqsearch import TurboQuantizer
-from tqsearch.arrays import as_ids, as_matrix, like
+from tqsearch import TurboQuantIndex, TurboQuantizer
+from tqsearch.arrays import as_ids, as_matrix, as_rows, like
 from tqsearch.errors import InvalidInputError
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8"]
@@ -17,6 +19,28 @@ def test_float32_is_shared_not_copied():
     array, tensor = np.ones((3, 4), dtype=np.float32), torch.ones(3, 4)
     assert as_matrix(array, 4, "x").data_ptr() == array.ctypes.data
     assert as_matrix(tensor, 4, "x").data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "u1", "i8"])
+def test_a_mapped_file_is_not_copied(tmp_path, rng, dtype):
+    """Nor written to, which would end the process; it stays open as long as what was made of it."""
+    array = rng.integers(0, 100, (3000, 40)).astype(dtype)
+    np.save(tmp_path / "file.npy", array)
+    mapped = np.load(tmp_path / "file.npy", mmap_mode="r")
+    address, index = mapped.ctypes.data, TurboQuantIndex(40, 4, "l2", train="auto")
+    rows = as_rows(mapped, 40, "x")
+    assert rows.data_ptr() == address
+    assert as_rows(mapped[::2, 3:7], 4, "x").data_ptr() == address + 3 * array.itemsize
+    tracemalloc.start()
+    try:
+        index.add(mapped)
+        assert tracemalloc.get_traced_memory()[1] < array.nbytes / 2  # of numpy and Python, not of torch
+    finally:
+        tracemalloc.stop()
+    index.search(mapped[:3], 2)
+    del mapped
+    gc.collect()
+    np.testing.assert_array_equal(rows.numpy(), array)
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "g", ">f8", "i1", "i2", "i4", "i8", ">i8", "u1", "u2", "u4", "u8"])
@@ -33,6 +57,13 @@ def test_values_are_those_of_numpys_conversion(rng, dtype):
 )
 def test_strides(values):
     np.testing.assert_array_equal(as_matrix(values, 4, "x").numpy(), values.astype(np.float32))
+
+
+def test_vectors_within_records():
+    """Their rows lie apart by what is no multiple of a number's bytes, of which torch makes no tensor."""
+    records = np.zeros(5, [("id", "u1"), ("vector", "f4", (4,))])
+    records["vector"] = np.arange(20).reshape(5, 4)
+    np.testing.assert_array_equal(as_matrix(records["vector"], 4, "x").numpy(), np.arange(20).reshape(5, 4))
 
 
 def test_one_row_only_where_it_is_asked_for():

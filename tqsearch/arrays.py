@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -106,11 +107,22 @@ def _as_tensor(values: ArrayLike, name: str) -> Tensor:
         )
     if values.dtype.kind not in "fiu":
         raise InvalidInputError(f"{name} must be real numbers, got dtype {values.dtype}; convert them to float32")
-    if values.dtype.kind == "u" or not values.dtype.isnative or values.dtype.itemsize > 8:
-        values = values.astype(np.float32)
-    if any(stride < 0 for stride in values.strides) or not values.flags.writeable:
-        values = values.copy()
-    return torch.from_numpy(values)
+    array: npt.NDArray[np.generic] = values
+    unknown = array.dtype.kind == "u" and array.dtype.itemsize > 1
+    if unknown or not array.dtype.isnative or array.dtype.itemsize > 8:
+        array = array.astype(np.float32)
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = array.copy()
+    return torch.from_numpy(array if array.flags.writeable else _unmarked(array))
+
+
+def _unmarked(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """The same memory without the mark that it is read-only, of which torch warns: nothing here writes to it, and a
+    copy of a file that is mapped would be the whole file.
+    """
+    held = SimpleNamespace(__array_interface__={**values.__array_interface__, "data": (values.ctypes.data, False)})
+    held.values = values  # lives as long as what is made of it
+    return np.asarray(held)
 
 
 def _check_unmasked(values: object, name: str) -> None:
