@@ -55,14 +55,16 @@ def record(call: Callable[[], T], device: torch.device, pool: Any) -> tuple[T, t
                 graph.capture_begin(pool, "thread_local")
                 try:
                     out = call()
+                    graph.capture_end()
                 except BaseException:
                     with suppress(RuntimeError):  # the same again: what failed has spoilt the recording
                         graph.capture_end()
-                    # The device's generator would wait for the recording's end for ever, and refuse to draw.
+                    # Then torch's allocator and generator still wait for its end; the latter would refuse to draw.
+                    with suppress(RuntimeError):
+                        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
                     generator = torch.cuda.default_generators[stream.device_index]
                     generator.graphsafe_set_state(generator.clone_state())
                     raise
-                graph.capture_end()
             return out, graph, read
         finally:
             _recording.kept = None
