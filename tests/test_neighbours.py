@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tqsearch.training.neighbours import STAND_INS, neighbours_of
+from tqsearch.training.neighbours import neighbours_of
 
 METRICS = ["ip", "cosine", "l2"]
 NEAR = 10
@@ -26,31 +26,42 @@ def sample(n: int, dim: int, metric: str, seed: int = 0) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True) if metric == "cosine" else rows
 
 
+def believed(variances: np.ndarray, coordinates: np.ndarray) -> float:
+    """How much of the distance of queries' second moments from the sample's is not chance."""
+    given = np.square(coordinates).mean(0)
+    alike = variances * given.sum() / variances.sum()
+    apart = (np.square(given - alike) / alike).sum()
+    chance = (np.maximum(np.square(coordinates).var(0), 2 * given**2) / len(coordinates) / alike).sum()
+    return float(max(0.0, 1 - chance / apart))
+
+
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("asked", [0, 5, 200])
-def test_slopes_are_those_of_regressions_over_pairs(metric: str, asked: int) -> None:
-    """Stand-ins count as 32 queries beside those given, whose length does not matter for inner products."""
+@pytest.mark.parametrize(("asked", "turned"), [(0, True), (5, True), (200, True), (200, False)])
+def test_slopes_are_those_of_regressions_over_pairs(metric: str, asked: int, turned: bool) -> None:
+    """Queries count beside stand-ins as far as they are believed; for inner products their length does not matter."""
     dim = 12
     rows = sample(300, dim, metric).astype(np.float32).astype(np.float64)
-    queries = sample(asked, dim, metric, 1) @ np.linalg.qr(np.random.default_rng(2).standard_normal((dim, dim)))[0]
-    queries = queries.astype(np.float32).astype(np.float64)
+    turn = np.linalg.qr(np.random.default_rng(2).standard_normal((dim, dim)))[0] if turned else np.eye(dim)
+    queries = (sample(asked, dim, metric, 1) @ turn).astype(np.float32).astype(np.float64)
     centre = rows.mean(0).astype(np.float32).astype(np.float64)
     axes = np.linalg.eigh(np.cov(rows.T))[1].T[::-1].copy()
-    groups = [(*pairs_of(rows, rows, metric, themselves=True), float(STAND_INS))]
+    variances = np.square((rows - centre) @ axes.T).mean(0)
+    groups = [(*pairs_of(rows, rows, metric, themselves=True), 1.0)]
     if asked:
+        known = believed(variances, (queries - centre) @ axes.T)
+        assert known > 0.8 if turned and asked > 5 else known < 0.8
         length = np.sqrt(np.square(rows).mean() / np.square(queries).mean()) if metric == "ip" else 1.0
-        groups.append((*pairs_of(rows, queries * length, metric, themselves=False), float(asked)))
-    weights = np.concatenate([np.full(len(q), count / len(q)) for q, _, count in groups])
+        groups = [(*groups[0][:2], 1 - known), (*pairs_of(rows, queries * length, metric, themselves=False), known)]
+    weights = np.concatenate([np.full(len(q), share / len(q)) for q, _, share in groups])
     q, y = ((np.concatenate([group[i] for group in groups]) - centre) @ axes.T for i in (0, 1))
-    wanted = np.array([np.polynomial.polynomial.polyfit(y[:, i], q[:, i], [1], w=weights**0.5)[1] for i in range(dim)])
-    wanted = wanted.clip(0, 1)
+    wanted = ((weights @ (q * y)) / (weights @ np.square(y))).clip(0, 1)
     left = (weights @ np.square(q - wanted * y)) / (weights @ np.square(q))
-    given = torch.from_numpy(queries.astype(np.float32)) if asked else None
     found = neighbours_of(
         torch.from_numpy(axes),
+        torch.from_numpy(variances),
         torch.from_numpy(centre.astype(np.float32)),
         torch.from_numpy(rows.astype(np.float32)),
-        given,
+        torch.from_numpy(queries.astype(np.float32)) if asked else None,
         metric,
     )
     np.testing.assert_allclose(found.slopes, wanted, atol=1e-4)
@@ -60,7 +71,7 @@ def test_slopes_are_those_of_regressions_over_pairs(metric: str, asked: int) -> 
 def test_axes_without_variance_have_no_slope() -> None:
     rows = torch.from_numpy(sample(100, 6, "l2").astype(np.float32))
     rows[:, 4:] = 2.0
-    found = neighbours_of(torch.eye(6, dtype=torch.float64), rows.mean(0), rows, None, "l2")
+    found = neighbours_of(torch.eye(6, dtype=torch.float64), rows.var(0).double(), rows.mean(0), rows, None, "l2")
     assert (found.slopes[4:] == 0).all()
     assert (found.slopes[:4] > 0.1).all()
     assert torch.isfinite(found.left).all()

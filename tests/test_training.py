@@ -180,7 +180,8 @@ def learnt(
     asked = None if queries is None else torch.from_numpy(queries.astype(np.float32))
     if spectrum is None:
         return None
-    near = neighbours_of(spectrum.axes, spectrum.centre, torch.from_numpy(rows.astype(np.float32)), asked, metric)
+    sample = torch.from_numpy(rows.astype(np.float32))
+    near = neighbours_of(spectrum.axes, spectrum.variances, spectrum.centre, sample, asked, metric)
     return learn(spectrum, near, asked, metric, lambda keeps: budget - 2 * keeps, power=power)
 
 

@@ -7,8 +7,8 @@ reorders nothing, over the variance of the exact scores, averaged over the queri
 
 1. Axes or the centre: learnt from three quarters of the sample, judged on the fourth.
 2. The power of the moments (see `learn`): 0.5, unless another has clearly less error. Where queries are given, theirs
-   is measured, among the rows of the whole sample, and 5 % less is clear. Where they are not, rows held out stand in
-   for them, which may be of another kind: it takes 15 %.
+   is measured, among the rows of the whole sample, and of 256 or more 5 % less is clear. Of fewer it takes 15 %, as it
+   does where none are given: rows held out stand in for them, which may be of another kind.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def chosen(sample: Tensor, queries: Tensor | None, untrained: Estimator, make: M
         spectrum = spectrum_of(rows, quantizer.seed)
         if spectrum is None:
             return None
-        return spectrum, neighbours_of(spectrum.axes, spectrum.centre, rows, queries, metric)
+        return spectrum, neighbours_of(spectrum.axes, spectrum.variances, spectrum.centre, rows, queries, metric)
 
     def with_axes(part: tuple[Spectrum, Neighbours] | None, power: float) -> Estimator | None:
         if part is None:
@@ -73,7 +73,8 @@ def chosen(sample: Tensor, queries: Tensor | None, untrained: Estimator, make: M
         judge = _Judge(sample, asked, metric, _NEAR)
     errors = {power: judge.error(estimator) for power, estimator in found.items() if estimator is not None}
     best = min(errors, key=lambda power: errors[power])
-    if errors[best] >= _CLEARLY["stand-ins" if queries is None else "given"] * errors[POWERS[0]]:
+    enough = queries is not None and len(queries) >= _MOST_QUERIES
+    if errors[best] >= _CLEARLY["given" if enough else "stand-ins"] * errors[POWERS[0]]:
         best = POWERS[0]
     whole = with_axes(seen(sample), best)
     assert whole is not None  # it has the rows of its part

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqsearch.codec import Codec
 from tqsearch.training.allocation import Array, allocate, expected_error
 from tqsearch.training.basis import Basis
-from tqsearch.training.neighbours import Neighbours
+from tqsearch.training.neighbours import Neighbours, moments_of
 from tqsearch.training.spectrum import principal_axes
 
 FEWEST_ROWS = 64  # of a sample from which axes are learnt
@@ -77,10 +77,8 @@ def learn(
     decides a ranking is the difference of neighbours, which lies in all directions: so what `allocate` makes least is
     the sum of mu_i lambda_i D(b_i) with mu_i = m_i^power mean(m)^(1 - power). `choice` says how the power is chosen.
 
-    Without `queries` they are taken to be distributed as the sample. The moments of queries given are drawn towards
-    that. Of their distance from the sample's, brought to their length, a part is chance: the variance of a mean of so
-    many squares, at least that of Gaussians. The share of the rest is how far they are believed. Distances and
-    variances are summed over the axes as parts of the sample's moments.
+    Without `queries` they are taken to be distributed as the sample, and those given are believed as far as they differ
+    from that by more than chance: `neighbours.moments_of`.
 
     For "cosine" and "ip", <q, z> = <q - c, z> + <c, z>. Keeping <c, z> costs bytes, which the codes then lack. Either
     way the score of the query t expected of a row is made exact (`neighbours`), by the kept number or, if none is kept,
@@ -102,7 +100,7 @@ def learn(
     """
     centre, axes, variances = spectrum.centre, spectrum.axes, spectrum.variances
     offset = axes @ centre.double()
-    around = _moments(variances, queries, centre, axes)  # of q - c
+    around, _ = moments_of(variances, queries, centre, axes)  # of q - c
     length = around.mean() / variances.mean() if metric == "ip" else 1.0  # squared; t is of the sample's
     spread = float((near.left * around * variances).sum() / length)
     mean = float((near.slopes * variances).sum())
@@ -115,7 +113,7 @@ def learn(
         if metric == "l2" or keeps:
             moments, slopes, remaining = around, near.slopes, near.left * around
         else:
-            moments = _moments(variances + offset.square(), queries, torch.zeros_like(centre), axes)
+            moments, _ = moments_of(variances + offset.square(), queries, torch.zeros_like(centre), axes)
             expected = length * (offset.square() + near.slopes.square() * variances)  # E t_i^2
             slopes = None if vague else near.slopes
             remaining = moments if vague else near.left * around + spread / mean**2 * expected
@@ -125,25 +123,6 @@ def learn(
         error = expected_error((remaining * variances)[order].cpu().numpy(), basis.plan, codec)
         choices.append(Learnt(centre, basis, keeps, error))
     return min(choices, key=lambda learnt: learnt.expected_error, default=None)
-
-
-def _moments(stand_ins: Tensor, queries: Tensor | None, origin: Tensor, axes: Tensor) -> Tensor:
-    """The mean of <q - origin, a>^2 for each axis a, (dim,) float64, drawn towards those of stand-ins; see `learn`."""
-    if queries is None:
-        return stand_ins
-    given, fourth = torch.zeros_like(stand_ins), torch.zeros_like(stand_ins)
-    for block in torch.split(queries - origin, 1 << 14):
-        squares = (block.double() @ axes.t()).square() / len(queries)
-        given += squares.sum(dim=0)
-        fourth += squares.square().sum(dim=0)
-    alike = stand_ins * (given.mean() / stand_ins.mean())
-    if not alike.mean() > 0:  # the queries are all zero, and say nothing
-        return stand_ins
-    spread = torch.maximum(fourth - given.square() / len(queries), 2 * given.square() / len(queries))
-    weights = 1 / alike.clamp(min=1e-300)  # of ratios to `alike`, in the mean in which each counts by its moment
-    apart, chance = float(((given - alike).square() * weights).sum()), float((spread * weights).sum())
-    known = max(apart - chance, 0.0) / apart if apart > 0 else 0.0
-    return alike + known * (given - alike)
 
 
 def _allotted(
