@@ -1,10 +1,11 @@
-"""The two ends of decode attention: queries rotated and rounded before it, runs merged and rotated back after it."""
+"""The two ends of decode attention: queries rotated and rounded; then dense tokens, runs merged and rotated back."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from tqsearch.kernels.attention_dense_triton import attend_dense
 from tqsearch.kernels.attention_products_triton import float_product
 
 
@@ -38,7 +39,8 @@ def prepare(
     WIDE: tl.constexpr = 16 if R < 16 else R
     COUNT: tl.constexpr = len(BANDS)
     if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # not earlier: those who come read what others wrote before this call
     task, chunk = tl.program_id(0), tl.program_id(1)
     pair = (task // row_blocks).to(tl.int64)
     batch, head = pair // heads, pair % heads
@@ -77,37 +79,100 @@ def prepare(
         tl.store(factors, constant, mask=slot < R)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "queries", "row_blocks", "runs"])
+# What grows with the context must not have variants of the kernel compiled for its divisors.
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "group", "queries", "row_blocks", "runs", "compressed", "sinks", "recents", "window"),
+        *("mask_b", "mask_t"),
+    ]
+)
 def merge(
-    parts_ptr,  # (B H row blocks, runs, R, DV) float32; run 0 is dense, the others are rotated; then maxima and sums
+    query_ptr,  # (B, Hq, Tq, DK)
+    sink_keys_ptr,
+    sink_values_ptr,
+    recent_keys_ptr,
+    recent_values_ptr,
+    mask_ptr,  # (B, 1, Tq, T)
     rotation_ptr,  # (DV, DV) float32
     s_aux_ptr,  # (Hq,)
+    parts_ptr,  # (B H row blocks, runs, R, DV) float32, rotated; then maxima and sums
     out_ptr,  # (B, Tq, Hq, DV)
     heads,
     group,
     queries,
     row_blocks,
     runs,
+    compressed,
+    sinks,
+    recents,
+    window,
+    factor,
+    cap,
+    query_b,
+    query_h,
+    query_t,
+    sink_kb,
+    sink_kh,
+    sink_kt,
+    sink_vb,
+    sink_vh,
+    sink_vt,
+    recent_kb,
+    recent_kh,
+    recent_kt,
+    recent_vb,
+    recent_vh,
+    recent_vt,
+    mask_k,
+    mask_b,
+    mask_t,
     R: tl.constexpr,
+    DK: tl.constexpr,
+    DK2: tl.constexpr,
     DV: tl.constexpr,
     DV2: tl.constexpr,
     RUNS2: tl.constexpr,
     SOME: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
     HAS_AUX: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ASSEMBLED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Joins the runs of R rows by their log-sum-exp, and rotates CHUNK coordinates back."""
-    COPIES: tl.constexpr = 1 if R >= 16 else 16 // R  # of each row, for a matrix product needs 16
+    """Attends ROWS rows to the dense tokens and joins the runs to them by their log-sum-exp: CHUNK coordinates."""
+    COPIES: tl.constexpr = 16 // ROWS  # of each row, for a matrix product needs 16
+    if recents.dtype.is_ptr():  # counted on the device: a graph's steps differ in nothing else
+        recents = tl.load(recents).to(tl.int32)
     task = tl.program_id(0)
-    pair = task // row_blocks
+    pair = (task // row_blocks).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    slot = tl.arange(0, R)
+    length = sinks + compressed + recents
     columns = tl.arange(0, DV2)
     chunk = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    base = task.to(tl.int64) * runs
-    rows = tl.num_programs(0).to(tl.int64) * runs * R
-    tops_ptr, totals_ptr = parts_ptr + rows * DV, parts_ptr + rows * (DV + 1)
+    first = tl.program_id(2) * ROWS
+    wide = tl.arange(0, 16)
+    row = first + wide // COPIES
+    lane = (task % row_blocks) * R + row
+    held = lane < group * queries
+    known = tl.where(held, lane, 0)
+    coordinates = tl.arange(0, DK2)
+    at = query_ptr + batch * query_b + (head * group + known // queries) * query_h + (known % queries) * query_t
+    query = tl.load(at[:, None] + coordinates[None, :], mask=held[:, None] & (coordinates < DK)[None, :], other=0.0)
+    if not ASSEMBLED:  # the interpreter multiplies no bfloat16
+        query = query.to(tl.float32)
+    place = length - queries + known % queries
+    # fmt: off
+    dense_top, dense_total, dense = attend_dense(
+        query, place, chunk, sink_keys_ptr + batch * sink_kb + head * sink_kh,
+        sink_values_ptr + batch * sink_vb + head * sink_vh, recent_keys_ptr + batch * recent_kb + head * recent_kh,
+        recent_values_ptr + batch * recent_vb + head * recent_vh, sink_kt, sink_vt, recent_kt, recent_vt, sinks,
+        compressed, recents, factor, cap, mask_ptr + batch * mask_b, (known % queries)[:, None] * mask_t, mask_k,
+        window, DK, DV, DK2, TOKENS, MASK, CAUSAL, SOFTCAP, ASSEMBLED)
+    # fmt: on
     rotation = tl.load(
         rotation_ptr + columns[:, None] * DV + chunk[None, :],
         mask=(columns < DV)[:, None] & (chunk < DV)[None, :],
@@ -116,48 +181,47 @@ def merge(
     if DEPENDENT:  # all above is older than this call
         tl.extra.cuda.gdc_wait()
     # All loads but those of many runs come before anything waits for one.
-    wide = tl.arange(0, R * COPIES)
-    row = wide // COPIES
-    dense = tl.load(parts_ptr + (base * R + row)[:, None] * DV + chunk[None, :], mask=(chunk < DV)[None, :], other=0.0)
-    dense_top = tl.load(tops_ptr + base * R + row)
-    run = 1 + tl.arange(0, SOME)
+    slot = first + tl.arange(0, ROWS)
+    base = task.to(tl.int64) * runs
+    rows = tl.num_programs(0).to(tl.int64) * runs * R
+    tops_ptr, totals_ptr = parts_ptr + rows * DV, parts_ptr + rows * (DV + 1)
+    run = tl.arange(0, SOME)
     at = (base + run)[:, None] * R + slot[None, :]
-    held = (run < runs)[:, None] & (slot < R)[None, :]
-    some_tops = tl.load(tops_ptr + at, mask=held, other=float("-inf"))
-    inside = held[:, :, None] & (columns < DV)[None, None, :]
+    there = (run < runs)[:, None] & (slot < R)[None, :]
+    some_tops = tl.load(tops_ptr + at, mask=there, other=float("-inf"))
+    inside = there[:, :, None] & (columns < DV)[None, None, :]
     some = tl.load(parts_ptr + at[:, :, None] * DV + columns[None, None, :], mask=inside, other=0.0)
     every = tl.arange(0, RUNS2)
     where = (base + every)[:, None] * R + row[None, :]
     tops = tl.load(tops_ptr + where, mask=(every < runs)[:, None], other=float("-inf"))
     totals = tl.load(totals_ptr + where, mask=(every < runs)[:, None], other=0.0)
-    top = tl.max(tops, axis=0)
-    lane = (task % row_blocks) * R + row
+    top = tl.maximum(tl.max(tops, axis=0), dense_top)
     if HAS_AUX:
         aux = tl.load(s_aux_ptr + head * group + tl.minimum(lane, group * queries - 1) // queries).to(tl.float32)
         aux *= 1.4426950408889634
         top = tl.maximum(top, aux)
     top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(totals * tl.exp2(tops - top[None, :]), axis=0)
+    total = tl.sum(totals * tl.exp2(tops - top[None, :]), axis=0) + dense_total * tl.exp2(dense_top - top)
     if HAS_AUX:
         total += tl.exp2(aux - top)
     inverse = tl.where(total > 0.0, 1.0, 0.0) / tl.where(total > 0.0, total, 1.0)
-    highest = tl.max(tl.reshape(top, (R, COPIES)), axis=1)
+    highest = tl.max(tl.reshape(top, (ROWS, COPIES)), axis=1)
     # Several runs side by side, summed once at the end: nothing in the loop waits for anything but its loads.
     sums = some * tl.exp2(some_tops - highest[None, :])[:, :, None]
-    for start in range(1 + SOME, runs, SOME):
+    for start in range(SOME, runs, SOME):
         run = start + tl.arange(0, SOME)
         at = (base + run)[:, None] * R + slot[None, :]
-        held = (run < runs)[:, None] & (slot < R)[None, :]
-        weight = tl.exp2(tl.load(tops_ptr + at, mask=held, other=float("-inf")) - highest[None, :])
-        inside = held[:, :, None] & (columns < DV)[None, None, :]
+        there = (run < runs)[:, None] & (slot < R)[None, :]
+        weight = tl.exp2(tl.load(tops_ptr + at, mask=there, other=float("-inf")) - highest[None, :])
+        inside = there[:, :, None] & (columns < DV)[None, None, :]
         sums += (
             tl.load(parts_ptr + at[:, :, None] * DV + columns[None, None, :], mask=inside, other=0.0)
             * weight[:, :, None]
         )
-    rotated = tl.broadcast_to(tl.sum(sums, axis=0)[:, None, :], (R, COPIES, DV2))
-    back = float_product(tl.reshape(rotated, (R * COPIES, DV2)), rotation)
+    back = tl.sum(tl.sum(sums, axis=0)[:, :, None] * rotation[None, :, :], axis=1)
+    back = tl.reshape(tl.broadcast_to(back[:, None, :], (ROWS, COPIES, CHUNK)), (16, CHUNK))
     out = (back + dense * tl.exp2(dense_top - top)[:, None]) * inverse[:, None]
-    place = (batch.to(tl.int64) * queries + lane % queries) * (heads * group) + head * group + lane // queries
+    place = (batch * queries + lane % queries) * (heads * group) + head * group + lane // queries
     into = out_ptr + place[:, None] * DV + chunk[None, :]
-    mask = (lane < group * queries)[:, None] & (wide % COPIES == 0)[:, None] & (chunk < DV)[None, :]
+    mask = held[:, None] & (wide % COPIES == 0)[:, None] & (chunk < DV)[None, :]
     tl.store(into, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -2,8 +2,8 @@
 
 Three launches, and nothing waits for the device. (1) `attention_ends_triton.prepare` rotates the queries and rounds
 them to 15 bits, as two int8 digits. (2) `attention_split_triton.split_kernel` splits the sequence: a program for a KV
-head and a run of its blocks, and one for its dense tokens. (3) `attention_ends_triton.merge` joins the runs by their
-log-sum-exp and rotates back once.
+head and a run of its blocks. (3) `attention_ends_triton.merge` attends to the dense tokens, joins the runs to them by
+their log-sum-exp and rotates back once. Each is launched while the one before it still runs.
 """
 
 from __future__ import annotations
@@ -55,16 +55,39 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _blocks_a_split(programs: int, blocks: int, device: torch.device) -> int:
-    """Blocks a program takes: some 8 programs a multiprocessor, or 4 where each would have but few blocks."""
-    few, many = (max(1, per * _processors(device) // programs) for per in _PROGRAMS)
-    return max(-(-blocks // many), min(_FEW_BLOCKS, -(-blocks // few)))
+@lru_cache(maxsize=256)
+def _most_splits(tasks: int, programs: int) -> int:
+    """Splits of a task such that all run at once, or two or three rounds of them where that leaves fewer idle."""
+
+    def busy(rounds: int) -> float:
+        return max(1, rounds * programs // tasks) * tasks / (rounds * programs)
+
+    rounds = next((rounds for rounds in (1, 2, 3) if 0.95 <= busy(rounds) <= 1.0), 3)
+    return max(1, rounds * programs // tasks)
 
 
-_PROGRAMS = (4, 8)
-_FEW_BLOCKS = 16
+def _blocks_a_split(tasks: int, blocks: int, programs: int) -> int:
+    """Blocks a program takes, of which `programs` run at once."""
+    return max(_LEAST_BLOCKS, -(-blocks // _most_splits(tasks, programs)))
+
+
+_LEAST_BLOCKS = 2
 _CHUNK = 32  # slots a program prepares; divides those of a band
-_WARPS, _STAGES = 4, 3
+_STAGES = 3
+_MERGED = 8192  # floats of the rotation that a program merges with
+_SOME = 4096  # floats of runs that are joined at a time
+_TOKENS = 64  # dense ones attended to at a time
+_MERGED_ROWS = 4
+
+
+def _shape(rows: int, dim: int, bits: int, masked: bool) -> tuple[int, int]:
+    """Warps of a program, and how many programs a multiprocessor is given: what was fastest on an H200.
+
+    Two warps run fewer instructions a token than four, where their registers suffice.
+    """
+    if rows > 4 or dim > 128 or bits > 4 or masked:
+        return 4, 8
+    return 2, 8 if bits <= 2 else 6  # as many as the registers hold
 
 
 def _power(value: int, least: int = 16) -> int:
@@ -113,6 +136,7 @@ def prepared(query: Tensor, keys: Compressed, offset: Tensor | None, factor: flo
             "CHUNK": _CHUNK,
             "DEPENDENT": bool(_options(device)),
         },
+        **_options(device),
     )
     return Prepared(rows, row_blocks, digits, factors, cut)
 
@@ -146,12 +170,14 @@ def attention(
     first_seen = 0 if sliding_window is None else max(0, least - count - sliding_window + 1)
     first_block = min(max(0, first_seen - sink_count), compressed) // block
     blocks = compressed // block - first_block
-    blocks_a_split = _blocks_a_split(tasks, blocks, device) if blocks else 1
+    bits = max((band.width for side in (keys, values) for band in side.bands), default=0)
+    warps, programs = _shape(rows, max(key_dim, value_dim), bits, mask is not None)
+    blocks_a_split = _blocks_a_split(tasks, blocks, programs * _processors(device))
     splits = -(-blocks // blocks_a_split)
 
     # Of each run and row its output, its maximum and its sum.
     allocate = torch.zeros if any(band.width == 0 for band in values.bands) else torch.empty
-    parts = allocate(tasks * (splits + 1) * rows * (value_dim + 2), dtype=torch.float32, device=device)
+    parts = allocate(max(1, tasks * splits * rows * (value_dim + 2)), dtype=torch.float32, device=device)
     out = torch.empty((batch, count, query_heads, value_dim), dtype=query.dtype, device=device)
     mask_strides = (0, 0, 0)
     if mask is not None:
@@ -162,80 +188,96 @@ def attention(
     mask_kind = 0 if mask is None else (1 if mask.dtype == torch.uint8 else 2)
     causal = sliding_window is not None or (mask is None and length - recent_count > length - count + 1)
     causal_dense = sliding_window is not None or mask is None
+    recents: int | Tensor = recent_count if counted is None else counted
+    window = length + 1 if sliding_window is None else sliding_window
+    masks = query if mask is None else mask
+    coded = keys.packed, keys.scales, values.packed, values.scales, masks
+    made = digits, factors, key_cut.tables, value_cut.tables, value_cut.tokens, parts
+    # fmt: off
+    numbers = (
+        heads, group, count, row_blocks, compressed, sink_count, recents, splits, blocks_a_split, first_block, window,
+        cap)
+    # fmt: on
+    if splits:
+        _split(
+            (tasks * splits, 1, 1),
+            (
+                (device, key_cut.serial, value_cut.serial, rows, value_dim, block),
+                (mask_kind, causal, softcap is None, counted is None),
+                variant(coded, mask_strides[2:]),
+            ),
+            (*coded, *made, *numbers, mask_strides[2], *mask_strides[:2]),
+            lambda: {
+                "R": rows,
+                "SLOTS": digits.shape[2],
+                "BIASES": digits.shape[2] // _CHUNK,
+                "BLOCK": block,
+                "KEY_ROW": keys.packed.shape[3] // block,
+                "VALUE_BYTES": values.packed.shape[3],
+                "KEY_BANDS": key_cut.bands,
+                "KEY_ASSEMBLIES": key_cut.assemblies,
+                "VALUE_BANDS": value_cut.bands,
+                "VALUE_ASSEMBLIES": value_cut.assemblies,
+                "VALUE_ORDERS": value_cut.orders,
+                "VALUE_ROWS": tuple(_power(band[6]) for band in value_cut.bands),
+                "VALUE_STEPS": value_cut.steps,
+                "VALUE_OFFSETS": value_cut.offsets,
+                "VALUE_PLACES": (value_cut.places,),
+                "REGISTERS": registers(band_keys(keys.bands), band_keys(values.bands)) if _assembled() else "",
+                "TWOS": (2,) * (block.bit_length() - 1) + (2 * rows,),
+                "DV": value_dim,
+                "MASK": mask_kind,
+                "CAUSAL": causal,
+                "SOFTCAP": softcap is not None,
+                "STAGES": _STAGES,
+                "ASSEMBLED": _assembled(),
+                "DEPENDENT": bool(options),
+            },
+            num_warps=warps,
+            num_stages=_STAGES,
+            **options,
+        )
+    width, runs2 = _power(value_dim), _power(splits)
+    chunk = min(width, _MERGED // width)
+    chunks, merged = -(-value_dim // chunk), _MERGED_ROWS
+    while merged > 1 and splits * merged * width > _SOME and tasks * chunks * rows // merged < _processors(device):
+        merged //= 2
     # fmt: off
     given = (
-        query, keys.packed, keys.scales, values.packed, values.scales,
-        sinks.keys, sinks.values, recent.keys, recent.values, query if mask is None else mask)
-    numbers = (
-        heads, group, count, row_blocks, compressed, sink_count, recent_count if counted is None else counted, splits,
-        blocks_a_split, first_block,
-        length + 1 if sliding_window is None else sliding_window, factor, cap)
+        query, sinks.keys, sinks.values, recent.keys, recent.values, masks, values.rotation,
+        query if s_aux is None else s_aux)
     strides = (
         *query.stride()[:3], *sinks.keys.stride()[:3], *sinks.values.stride()[:3], *recent.keys.stride()[:3],
         *recent.values.stride()[:3], mask_strides[2])
-    made = (digits, factors, key_cut.tables, value_cut.tables, value_cut.tokens, parts)
     # fmt: on
-    _split(
-        (tasks * (splits + 1), 1, 1),
-        (
-            (device, key_cut.serial, value_cut.serial, rows, key_dim, value_dim, block),
-            (mask_kind, causal, causal_dense, softcap is None, counted is None),
-            variant(given, strides),
-        ),
-        (*given, *made, *numbers, *strides, *mask_strides[:2]),
-        lambda: {
-            "R": rows,
-            "SLOTS": digits.shape[2],
-            "BIASES": digits.shape[2] // _CHUNK,
-            "BLOCK": block,
-            "KEY_ROW": keys.packed.shape[3] // block,
-            "VALUE_BYTES": values.packed.shape[3],
-            "KEY_BANDS": key_cut.bands,
-            "KEY_ASSEMBLIES": key_cut.assemblies,
-            "VALUE_BANDS": value_cut.bands,
-            "VALUE_ASSEMBLIES": value_cut.assemblies,
-            "VALUE_ORDERS": value_cut.orders,
-            "VALUE_ROWS": tuple(_power(band[6]) for band in value_cut.bands),
-            "VALUE_STEPS": value_cut.steps,
-            "VALUE_OFFSETS": value_cut.offsets,
-            "VALUE_PLACES": (value_cut.places,),
-            "REGISTERS": registers(band_keys(keys.bands), band_keys(values.bands)) if _assembled() else "",
-            "TWOS": (2,) * (block.bit_length() - 1) + (2 * rows,),
-            "DK": key_dim,
-            "DV": value_dim,
-            "DK2": _power(key_dim),
-            "DV2": _power(value_dim),
-            "MASK": mask_kind,
-            "CAUSAL": causal,
-            "CAUSAL_DENSE": causal_dense,
-            "SOFTCAP": softcap is not None,
-            "STAGES": _STAGES,
-            "ASSEMBLED": _assembled(),
-            "DEPENDENT": bool(options),
-        },
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-        **options,
-    )
-    runs, width = splits + 1, _power(value_dim)
-    runs2 = _power(runs)
-    chunk = min(width, 16384 // width)
-    aux = query if s_aux is None else s_aux
     _merge(
-        (tasks, -(-value_dim // chunk), 1),
-        (device, rows, value_dim, runs2, s_aux is None, out.dtype, variant((values.rotation, aux), ())),
-        (parts, values.rotation, aux, out, heads, group, count, row_blocks, runs),
+        (tasks, chunks, rows // merged),
+        (
+            (device, rows, merged, key_dim, value_dim, runs2, s_aux is None, mask_kind, causal_dense, softcap is None),
+            (counted is None, out.dtype, variant(given, strides)),
+        ),
+        (
+            *(*given, parts, out, heads, group, count, row_blocks, splits, compressed, sink_count, recents, window),
+            *(factor, cap, *strides, *mask_strides[:2]),
+        ),
         lambda: {
             "R": rows,
+            "DK": key_dim,
+            "DK2": _power(key_dim),
             "DV": value_dim,
             "DV2": width,
             "RUNS2": runs2,
-            "SOME": max(1, 8192 // (rows * width)),
+            "SOME": max(1, _SOME // (merged * width)),
             "CHUNK": chunk,
+            "ROWS": merged,
+            "TOKENS": _TOKENS if query.element_size() == 2 else 16,
             "HAS_AUX": s_aux is not None,
+            "MASK": mask_kind,
+            "CAUSAL": causal_dense,
+            "SOFTCAP": softcap is not None,
+            "ASSEMBLED": _assembled(),
             "DEPENDENT": bool(options),
         },
-        num_warps=8,
         **options,
     )
     return out
