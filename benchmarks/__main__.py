@@ -32,7 +32,13 @@ def main(argv: list[str]) -> int:
     chosen = parser.parse_args(argv)
     pin(requested_threads(chosen.arguments))
     module = importlib.import_module(COMMANDS[chosen.name][0])
-    return int(module.main(chosen.arguments) or 0)
+    from tqsearch.errors import TQSearchError
+
+    try:
+        return int(module.main(chosen.arguments) or 0)
+    except TQSearchError as error:  # a data set or a text that is not there, most of all
+        print(f"benchmarks {chosen.name}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import __main__ as command
 from benchmarks import search
 from benchmarks.environment import environment
 from benchmarks.metrics import RECALLS, recalls
@@ -54,6 +55,16 @@ def test_the_result_file(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert set(run["qps"]) == set(run["call_seconds"]) == {str(batch) for batch in BATCHES}
         assert all(rate > 0 for rate in run["qps"].values())
     assert "left out: x: why" in capsys.readouterr().out
+
+
+def test_a_data_set_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "pin", lambda _: None)  # of this process
+    assert command.main(["search", "--threads", "1", "--dataset", "no-such-set"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("benchmarks search: no data set is called 'no-such-set'")
+    assert said.count("\n") == 1
 
 
 def test_a_crash_is_a_row_and_a_failure(
