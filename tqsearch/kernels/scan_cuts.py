@@ -19,6 +19,7 @@ class Config(NamedTuple):
         num_stages: of the software pipeline.
         programs: for each multiprocessor, each of which takes many tiles; 0: a program for each tile.
         resident: whether a program's queries stay in shared memory while it goes through its tiles.
+        groups: of warps of `scan_gluon`, which then writes the maxima of tiles; 0: plain Triton does.
     """
 
     block_q: int
@@ -28,6 +29,7 @@ class Config(NamedTuple):
     num_stages: int
     programs: int
     resident: bool
+    groups: int = 0
 
 
 # Chosen on an H200; by the widest band's width and the queries, up to so many.

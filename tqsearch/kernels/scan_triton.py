@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tqsearch.kernels import scan_hopper
 from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
@@ -120,11 +121,14 @@ class Scanner:
         config: Config | None = None,
     ) -> None:
         self.rows, self.device, self.exact = len(packed), packed.device, exact
+        aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
         if config is None:
-            config = config_for(len(queries), _shapes(bands), exact, _multiprocessors(self.device)[1])
+            shapes, shared = _shapes(bands), _multiprocessors(self.device)[1]
+            config = config_for(len(queries), shapes, exact, shared)
+            if aligned and not exact and scan_hopper.available(self.device):
+                config = scan_hopper.config_for(len(queries), shapes, shared) or config
         self.config = config
         self._rescored = min(config.tile, 16) if len(queries) <= _FEW_QUERIES else config.tile  # rows a program
-        aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
         self.layout = layout = layout_of(keyed(bands, exact), config.block_c, exact, aligned, packed.device)
         values, alpha, beta = _arrange(queries, layout, exact, config.block_q)
         none = layout.tables
@@ -174,10 +178,16 @@ class Scanner:
 
     def compiled(self) -> bool:
         """Whether the kernel of step 1 is compiled; in the interpreter nothing is."""
-        return (True, *self._key) in _launch_scan
+        launch = scan_hopper.launcher() if self.config.groups else _launch_scan
+        return (True, *self._key) in launch
 
     def _scan(self, queries: slice, rows: slice, out: Tensor, maxima: bool) -> None:
         (count, stride), n, config = out.shape, rows.stop - rows.start, self.config
+        if maxima and config.groups:
+            limits, terms = _multiprocessors(self.device), (self._has_bias, self._has_mask)
+            key = (True, *self._key)
+            scan_hopper.launch(config, self.layout, self._operands, terms, out, queries.start, key, limits)
+            return
         blocks, tiles = -(-count // config.block_q), -(-n // config.tile)
         programs = tiles
         if config.programs:
