@@ -7,6 +7,7 @@ other instructions load. Whole searches of many queries are held against numpy b
 import pytest
 import torch
 
+from tqsearch import kernels
 from tqsearch.quantizer import TurboQuantizer
 
 pytest.importorskip("triton")
@@ -92,6 +93,22 @@ def test_nothing_allowed():
     case.mask[:] = False
     case.check()
     assert (case.scanner(None).maxima(slice(0, 70)) == -torch.inf).all()
+
+
+@on_hopper
+@pytest.mark.parametrize("width", [3, 4])
+def test_searches_repeated(width):
+    """From the third call on the launches are made again: the codes stay where they are, the queries do not."""
+    case = Case(width, 1024, 60_077, 70)
+
+    def search(rows):
+        return kernels.scan(rows, case.packed, case.scales, case.bias, case.mask, case.tables, 5)
+
+    again = kernels.repeated(search, case.device)
+    for factor in (1.0, 2.0, -1.0, 0.5, -3.0):
+        rows = case.queries * factor
+        for found, expected in zip(again(rows), search(rows), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @on_hopper
