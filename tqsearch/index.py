@@ -343,10 +343,8 @@ class TurboQuantIndex:
             InvalidInputError: wrong shape or dtype, a value that is not finite, k out of range, an unknown precision, a
                 mask of another length, or for "ip" and "l2" a query whose squared norm overflows float32.
         """
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise InvalidInputError(f"k must be an integer of at least 1, got {k!r}")
-        if k > _MOST_RESULTS:
-            raise InvalidInputError(f"k must be at most {_MOST_RESULTS}, got {k}")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= _MOST_RESULTS:
+            raise InvalidInputError(f"k must be an integer from 1 to {_MOST_RESULTS}, got {k!r}")
         if precision not in kernels.PRECISIONS:
             raise InvalidInputError(f"precision must be 'int8' or 'exact', got {precision!r}")
         rows = as_rows(queries, self.dim, "queries", one=True)

@@ -165,14 +165,9 @@ class TestNothingChanges:
         says = f"^ids must be in the index, got {ids[-1]}"
         self.unchanged(index, saved, lambda: index.reconstruct(ids), UnknownIdError, says)
 
-    @pytest.mark.parametrize("k", [0, -1, True, 1.0, "1", None, np.float64(2), np.array([1])])
+    @pytest.mark.parametrize("k", [0, -1, True, 1.0, "1", None, np.float64(2), np.array([1]), 2**31, 2**62, 2**70])
     def test_bad_k(self, index: TurboQuantIndex, saved: SavedOf, k: Any) -> None:
-        says = "k must be an integer of at least 1, got"
-        self.unchanged(index, saved, lambda: index.search(np.zeros(DIM), k), InvalidInputError, says)
-
-    @pytest.mark.parametrize("k", [2**31, 2**62, 2**70])
-    def test_more_results_than_arrays_hold(self, index: TurboQuantIndex, saved: SavedOf, k: int) -> None:
-        says = f"k must be at most 2147483647, got {k}"
+        says = "k must be an integer from 1 to 2147483647, got"
         self.unchanged(index, saved, lambda: index.search(np.zeros(DIM), k), InvalidInputError, says)
 
     @pytest.mark.parametrize(
