@@ -46,7 +46,7 @@ def rounded_bands(parts: list[np.ndarray], steps: list[float], widths: list[int]
     """Queries' parts in bands, (q, size), rounded as the docstring of `scan_layout` says, and back."""
     runs: list[list[int]] = []
     for place, width in enumerate(widths):
-        joins = runs and width <= 4 and widths[place - 1] <= 4 and len(runs) >= 4
+        joins = runs and width <= 4 and widths[place - 1] <= 4 and len(runs) >= 3
         runs = [*runs[:-1], [*runs[-1], place]] if joins else [*runs, [place]]
     found = {}
     for run in runs:

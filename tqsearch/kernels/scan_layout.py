@@ -26,7 +26,7 @@ from tqsearch.plan import planes_of
 from tqsearch.trellis import row_bytes
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_serials = count()
+serials = count()
 
 
 BandKey = tuple[int, int, str, tuple[float, ...], float, float]
@@ -59,12 +59,12 @@ class Layout(NamedTuple):
 def runs_of(widths: Sequence[int]) -> tuple[int, ...]:
     """The run of each band of codes, by the bands' widths.
 
-    A band of more than 4 bits is a run of its own, and so are others, as long as there are fewer than four; the rest
+    A band of more than 4 bits is a run of its own, and so are others, as long as there are fewer than three; the rest
     share one. The more bits, the more the rounding of queries is felt, which a common unit makes coarser.
     """
     runs: list[int] = []
     for place, width in enumerate(widths):
-        shared = place > 0 and width <= 4 and widths[place - 1] <= 4 and runs[-1] >= 3
+        shared = place > 0 and width <= 4 and widths[place - 1] <= 4 and runs[-1] >= 2
         runs.append(0 if not runs else runs[-1] + (not shared))
     return tuple(runs)
 
@@ -86,7 +86,8 @@ def layout_of(
         whole = all(size * p % (8 * block_c) == 0 for size, width, *_ in bands for p in planes_of(width))
     quad = assembled and aligned and whole
     dim = sum(size for size, *_ in bands)
-    constants, assemblies, slots, tables = [], [], [], []
+    constants: list[tuple[int, int, int, int, int, int, int]] = []
+    assemblies, slots, tables = [], [], []
     widths = [width for _, width, *_ in bands if width]
     runs = (0,) * len(widths) if exact else runs_of(widths)
     first, slot = 0, 0
@@ -123,7 +124,7 @@ def layout_of(
         torch.tensor(
             [[step, offset] for _, width, _, _, step, offset in bands if width], dtype=torch.float32, device=device
         ),
-        next(_serials),
+        next(serials),
     )
 
 

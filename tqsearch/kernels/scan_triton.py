@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tqsearch.kernels import scan_hopper
+from tqsearch.kernels import scan_bands, scan_hopper
 from tqsearch.kernels.bands import BandTable
 from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.reference import merge_top_k
+from tqsearch.kernels.scan_bands import BandScan
 from tqsearch.kernels.scan_cuts import Config, Shapes, config_for
 from tqsearch.kernels.scan_kernels_triton import arrange_kernel, rescore_kernel, scan_kernel
 from tqsearch.kernels.scan_layout import Layout, keyed, layout_of
@@ -122,14 +123,18 @@ class Scanner:
     ) -> None:
         self.rows, self.device, self.exact = len(packed), packed.device, exact
         aligned = packed.stride(0) % 16 == 0 and packed.data_ptr() % 16 == 0
+        key, cut = keyed(bands, exact), None
         if config is None:
             shapes, shared = _shapes(bands), _multiprocessors(self.device)[1]
             config = config_for(len(queries), shapes, exact, shared)
             if aligned and not exact and scan_hopper.available(self.device):
                 config = scan_hopper.config_for(len(queries), shapes, shared) or config
+            if not exact and scan_hopper.available(self.device) and scan_bands.decodable(key):
+                cut = scan_bands.cut_of(len(queries), key, packed.stride(0), packed.data_ptr() % 16, shared)
+                config = config if cut is None else scan_bands.RESCORED
         self.config = config
         self._rescored = min(config.tile, 16) if len(queries) <= _FEW_QUERIES else config.tile  # rows a program
-        self.layout = layout = layout_of(keyed(bands, exact), config.block_c, exact, aligned, packed.device)
+        self.layout = layout = layout_of(key, config.block_c, exact, aligned, packed.device)
         values, alpha, beta = _arrange(queries, layout, exact, config.block_q)
         none = layout.tables
         self._operands = (
@@ -144,6 +149,11 @@ class Scanner:
         )
         self._alpha_stride = alpha.shape[1]
         self._row, self._has_bias, self._has_mask = packed.stride(0), bias is not None, mask is not None
+        self._bands: BandScan | None = None
+        if cut is not None:
+            steps = scan_bands.steps_of(key, cut.columns, layout, self._row, packed.device)
+            stepped = (*self._operands[:4], *_arrange(queries, steps.layout, exact, cut.block_q))
+            self._bands = BandScan(cut, steps, stepped, self._has_bias, self._has_mask)
         self._key = (layout.serial, config, self._row, self._has_bias, self._has_mask, *variant(self._operands[:4], ()))
 
     def _constants(self) -> dict[str, object]:
@@ -178,11 +188,16 @@ class Scanner:
 
     def compiled(self) -> bool:
         """Whether the kernel of step 1 is compiled; in the interpreter nothing is."""
+        if self._bands is not None:
+            return self._bands.compiled()
         launch = scan_hopper.launcher() if self.config.groups else _launch_scan
         return (True, *self._key) in launch
 
     def _scan(self, queries: slice, rows: slice, out: Tensor, maxima: bool) -> None:
         (count, stride), n, config = out.shape, rows.stop - rows.start, self.config
+        if maxima and self._bands is not None:
+            self._bands.launch(out, queries.start, _multiprocessors(self.device)[0])
+            return
         if maxima and config.groups:
             limits, terms = _multiprocessors(self.device), (self._has_bias, self._has_mask)
             key = (True, *self._key)
