@@ -45,6 +45,7 @@ COLUMNS = (
     "ours, one call, ms",
     "dense, one call, ms",
 )
+SHORT = ("batch", "tokens", "codes", "ours, ms", "dense, ms", "times as fast", "of the copy")
 LOGIT_COLUMNS = ("batch", "tokens", "ours, ms", "float32 matmul, ms", "times as fast")
 CONTEXT_COLUMNS = ("batch", "tokens", "codes", "ours, ms", "least, ms", "dense, ms")
 
@@ -190,7 +191,8 @@ def main(arguments: list[str]) -> int:
     for name, columns, measure, measured in parts:
         rows = [row for batch, tokens in measured for row in measure(batch, tokens)]
         about = {"environment": environment(options.seed), "copy, TB/s": round(copy, 2)}
-        result = {**about, "columns": list(columns), "rows": rows}
+        views = {"views": {"short": list(SHORT)}} if name == "attention" else {}
+        result = {**about, "columns": list(columns), **views, "rows": rows}
         write(options.out / f"{name}{'-quick' if options.quick else ''}.json", result)
         for row in rows:
             print("  ".join(f"{cell!s:>8}" for cell in row))
