@@ -13,6 +13,8 @@ from tqsearch.kernels import BandTable
 from tqsearch.plan import Band
 from tqsearch.trellis import trellis_codebook
 
+_ALIKE = {2: 29.5, 3: 42.5, 4: 63.5}  # half the number of steps across a table
+
 
 def band_tables(
     bands: Iterable[Band], codec: Codec, law_dim: int, levels: Levels, device: torch.device
@@ -26,31 +28,34 @@ def band_tables(
         levels: of scalar bands of more than 4 bits.
         device: where the tables go.
     """
-    return tuple(_table(band, codec, law_dim, levels, device) for band in bands)
+    bands = tuple(bands)
+    several = sum(band.width > 0 for band in bands) > 1
+    return tuple(_table(band, codec, law_dim, levels, several, device) for band in bands)
 
 
-def _table(band: Band, codec: Codec, law_dim: int, levels: Levels, device: torch.device) -> BandTable:
+def _table(band: Band, codec: Codec, law_dim: int, levels: Levels, several: bool, device: torch.device) -> BandTable:
     if codecs.along_path(codec, band.width):
         none = torch.empty(0, dtype=torch.float32, device=device)
         along = trellis_codebook(band.width)
         return BandTable(band.size, band.width, none, along.levels(device), along.integers, -0.5, along.step, "trellis")
     book = codecs.scalar_codebook(band.width, law_dim, levels)
     boundaries, values = (torch.from_numpy(table).float().to(device) for table in (book.boundaries, book.levels))
-    integers = _even_integers(book) if levels == "even" and band.width > 4 else _integers(book, law_dim)
+    integers = _even_integers(book) if levels == "even" and band.width > 4 else _integers(book, law_dim, several)
     return BandTable(band.size, band.width, boundaries, values, *integers)
 
 
-def _integers(book: Codebook, law_dim: int) -> tuple[tuple[int, ...], float, float]:
+def _integers(book: Codebook, law_dim: int, several: bool = False) -> tuple[tuple[int, ...], float, float]:
     """`BandTable.steps`, `offset` and `step` of a codebook.
 
-    1 bit is its own code; up to 4 bits the numbers are 0 to 127, which a byte permute can look up without signs.
+    1 bit is its own code; up to 4 bits the numbers are 0 to 127, which a byte permute can look up without signs. Of
+    several bands those of 2, 3 and 4 bits have steps of about one size, as a scan may add their products.
     """
     if book.bits == 0:
         return (0,), 0.0, 0.0
     if book.bits == 1:
         return (0, 1), 0.5, 2.0 * float(book.levels[-1])
     if book.bits <= 4:
-        grid = on_grid(book, 63.5, law_dim)
+        grid = on_grid(book, _ALIKE[book.bits] if several else 63.5, law_dim)
         return tuple(grid.steps.tolist()), grid.offset, grid.step
     grid = on_grid(book, 127.0, law_dim)
     return tuple((grid.steps - 127).tolist()), 0.0, grid.step
