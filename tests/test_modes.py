@@ -1,5 +1,6 @@
 """What a caller has set in torch changes no code, no score and no dtype; what one mode made goes on in another."""
 
+import ast
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,11 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+import tqsearch
 from tqsearch import TurboQuantIndex, TurboQuantizer
 from tqsearch.kernels import trellis_lookup
 from tqsearch.trellis import encode, trellis_codebook
 
 DIM = 48
+PACKAGE = Path(tqsearch.__file__).parent
+OF_NUMBERS = {"torch.arange", "torch.tensor"}  # which say whether they are integers
+FACTORIES = OF_NUMBERS | {
+    f"torch.{name}" for name in ["empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"]
+}
 VECTORS = np.random.default_rng(0).standard_normal((300, DIM)).astype(np.float32) * np.geomspace(1, 8, DIM, dtype="f4")
 
 
@@ -128,3 +135,14 @@ def test_paths_are_found_in_float32_whatever_the_default() -> None:
     with default_dtype(torch.float64):
         assert torch.equal(encode(values, [(400, 1)]), wanted)
         assert trellis_codebook(1).levels().dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_makes_a_tensor_names_its_dtype_and_device(path: Path) -> None:
+    """Else the caller's defaults decide: on a GPU, where no test above comes by."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Call) and called in FACTORIES:
+            named = {keyword.arg for keyword in node.keywords}
+            assert "device" in named, f"line {node.lineno}: {ast.unparse(node)}"
+            assert "dtype" in named or called in OF_NUMBERS, f"line {node.lineno}: {ast.unparse(node)}"

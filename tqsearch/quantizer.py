@@ -204,7 +204,7 @@ class TurboQuantizer:
 
     def _encode_in_basis(self, matrix: Tensor, basis: Basis) -> EncodedRows:
         """The sum over axes of y sigma levels weighs each by its variance, so it is taken here, not in the kernel."""
-        centre = torch.zeros(self.dim, dtype=torch.float32) if self.centre is None else self.centre
+        centre = torch.zeros(self.dim, dtype=torch.float32, device="cpu") if self.centre is None else self.centre
         centre = centre.to(matrix.device).double()
         blocks = torch.split(matrix, max(1, _BASIS_BLOCK // self.dim))
         return joined([self._block_in_basis(block, basis, centre) for block in blocks])
