@@ -25,7 +25,7 @@ def test_integers_of_several_bands(dim: int) -> None:
         np.testing.assert_allclose(levels_of(table), table.levels.numpy(), rtol=1e-6)
         np.testing.assert_array_equal(np.diff(table.steps), 1)
     shared = [table.step for table in tables[2:]]
-    assert max(shared) < 1.06 * min(shared)
+    assert max(shared) < 1.25 * 1.1 * min(shared)  # `on_grid` stretches a table by up to a quarter
 
 
 def test_integers_of_one_band_are_as_fine_as_can_be() -> None:
