@@ -20,9 +20,8 @@ from tqsearch.trellis import encode, trellis_codebook
 DIM = 48
 PACKAGE = Path(tqsearch.__file__).parent
 OF_NUMBERS = {"torch.arange", "torch.tensor"}  # which say whether they are integers
-FACTORIES = OF_NUMBERS | {
-    f"torch.{name}" for name in ["empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"]
-}
+NAMES = ("empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
+FACTORIES = OF_NUMBERS | {f"torch.{name}" for name in NAMES}
 VECTORS = np.random.default_rng(0).standard_normal((300, DIM)).astype(np.float32) * np.geomspace(1, 8, DIM, dtype="f4")
 
 
