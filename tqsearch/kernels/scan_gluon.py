@@ -40,6 +40,7 @@ class Cut:
     Attributes:
         width: bits a code.
         assembly: decodes four columns; see `decode_triton`.
+        words: at 4 bits two words of the table, which the assembly expects in $3 and $7.
         block_q: queries a program.
         block_c: columns a chunk.
         chunks: chunks a row.
@@ -54,6 +55,7 @@ class Cut:
 
     width: int
     assembly: str
+    words: tuple[int, int]
     block_q: int
     block_c: int
     chunks: int
@@ -104,11 +106,12 @@ def _of_threads(score, BLOCK_Q: gl.constexpr):
 
 
 @gluon.jit
-def _decoded(x, y, CUT: gl.constexpr):
+def _decoded(x, y, words, CUT: gl.constexpr):
     """The parts of a chunk; see `decode_triton.decode`."""
     # fmt: off
     if CUT.width == 4:
-        return gl.inline_asm_elementwise(CUT.assembly, "=r,=r,r", [x], (gl.int8, gl.int8), True, 4)
+        return gl.inline_asm_elementwise(
+            CUT.assembly, "=r,=r,r,r,r,r,r,r,r,r,r", [x, words[0], words[1]], (gl.int8, gl.int8), True, 4)
     elif CUT.width == 2:  # noqa: RET505
         return gl.inline_asm_elementwise(
             CUT.assembly, "=r,=r,=r,=r,r", [x], (gl.int8, gl.int8, gl.int8, gl.int8), True, 4)
@@ -185,6 +188,9 @@ def _score(ring, queries, of, where, turns_of, GROUP: gl.constexpr, CUT: gl.cons
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     wide = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, PRODUCT))
     lane = block + gl.arange(0, BLOCK_Q, layout=FLAT)
+    # Words of the table as numbers of each thread: one that all share, ptxas copies anew for each look-up.
+    zero = gl.expand_dims(gl.minimum(gl.arange(0, ROWS, layout=gl.SliceLayout(1, LEFT)) + n, 0), 1)
+    words = (zero + CUT.words[0], zero + CUT.words[1])
     slot = 0
     before = -1
     phase = 0
@@ -211,7 +217,7 @@ def _score(ring, queries, of, where, turns_of, GROUP: gl.constexpr, CUT: gl.cons
                 # the load may wait for shared memory, and the next copy would overwrite what it has not read.
                 if PARTS > 2:
                     mbarrier.arrive(free.index(GROUP * CUT.stages + before), count=1, pred=before >= 0)
-                parts = _decoded(x, y, CUT)
+                parts = _decoded(x, y, words, CUT)
                 for p in gl.static_range(PARTS):
                     right = queries.index(chunk * PARTS + p).permute((1, 0))
                     acc = warpgroup_mma(parts[p], right, acc, use_acc=chunk + p > 0, is_async=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -86,6 +87,13 @@ def _block(columns: int, bits: int) -> tuple[list[int], Any]:
     return [_ROWS, columns], NVMMASharedLayout(columns * bits // 8, bits, 2)
 
 
+def _with_words(assembly: str) -> tuple[str, tuple[int, int]]:
+    """The assembly of 4 bits with the first words of its two look-ups in $3 and $7, and these words."""
+    first, second = (re.findall(f"prmt.b32 {into}, (0x[0-9a-f]+),", assembly)[0] for into in "ab")
+    assembly = assembly.replace(f"a, {first},", "a, $3,").replace(f"b, {second},", "b, $7,")
+    return assembly, (int(first, 16), int(second, 16))
+
+
 def launch(
     config: Config,
     layout: Layout,
@@ -123,10 +131,12 @@ def launch(
         from tqsearch.kernels.scan_gluon import Cut
 
         size = layout.ends[-1]
+        assembly, words = _with_words(layout.assemblies[0]) if width == 4 else (layout.assemblies[0], (0, 0))
         return {
             "CUT": Cut(
                 width=width,
-                assembly=layout.assemblies[0],
+                assembly=assembly,
+                words=words,
                 block_q=config.block_q,
                 block_c=config.block_c,
                 chunks=columns // config.block_c,
