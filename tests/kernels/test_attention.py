@@ -329,7 +329,7 @@ def test_many_splits(oracle, device, monkeypatch):
     [(128, 255, 43), (64, 255, 22), (8, 1023, 11), (224, 255, 37), (5000, 9, 9), (64, 7, 2)],
 )
 def test_programs_run_at_once_or_in_full_rounds(tasks, blocks, found):
-    """With room for 792: 128 x 6 = 768, 64 x 12 = 768, 8 x 99 = 792, 224 x 7 = 2 x 784; and at least two blocks each."""
+    """With room for 792: 128 x 6 = 768, 64 x 12 = 768, 8 x 99 = 792, 224 x 7 = 2 x 784; and two blocks at least."""
     from tqsearch.kernels import attention_triton
 
     assert attention_triton._blocks_a_split(tasks, blocks, 792) == found
