@@ -56,15 +56,15 @@ class Layout(NamedTuple):
     serial: int
 
 
-def runs_of(widths: Sequence[int]) -> tuple[int, ...]:
-    """The run of each band of codes, by the bands' widths.
+def runs_of(widths: Sequence[int], along: bool = False) -> tuple[int, ...]:
+    """The run of each band of codes, by the bands' widths; along a trellis each is one of its own.
 
     A band of more than 4 bits is a run of its own, and so are others, as long as there are fewer than three; the rest
     share one. The more bits, the more the rounding of queries is felt, which a common unit makes coarser.
     """
     runs: list[int] = []
     for place, width in enumerate(widths):
-        shared = place > 0 and width <= 4 and widths[place - 1] <= 4 and runs[-1] >= 2
+        shared = not along and place > 0 and width <= 4 and widths[place - 1] <= 4 and runs[-1] >= 2
         runs.append(0 if not runs else runs[-1] + (not shared))
     return tuple(runs)
 
@@ -89,7 +89,7 @@ def layout_of(
     constants: list[tuple[int, int, int, int, int, int, int]] = []
     assemblies, slots, tables = [], [], []
     widths = [width for _, width, *_ in bands if width]
-    runs = (0,) * len(widths) if exact else runs_of(widths)
+    runs = (0,) * len(widths) if exact else runs_of(widths, bool(on_path))
     first, slot = 0, 0
     path, f_plane, byte = 0, -(-sum(size for size, _ in on_path) // 8), row_bytes(on_path)
     for size, width, codec, values, _, _ in bands:
@@ -130,7 +130,8 @@ def layout_of(
 
 def keyed(bands: tuple[BandTable, ...], exact: bool) -> tuple[BandKey, ...]:
     """Bands as `layout_of` takes them."""
-    left = iter(runs_of([band.width for band in bands if band.width]))
+    along = any(band.codec == "trellis" for band in bands)
+    left = iter(runs_of([band.width for band in bands if band.width], along))
     runs = [next(left) if band.width else -1 for band in bands]
     alone = [runs.count(run) == 1 for run in runs]
     return tuple([(b.size, b.width, b.codec, *entries(b, exact, a)) for b, a in zip(bands, alone, strict=True)])
