@@ -113,7 +113,7 @@ def test_the_tour_names_every_file_and_no_other():
     """`docs/ARCHITECTURE.md` lists the modules, by name or by a pattern such as `attention_*.py`."""
     tour = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
     listed = set(re.findall(r"[\w*]+\.py", tour[tour.index("## The folders") : tour.index("## Who may know whom")]))
-    files = {path.name for path in [*MODULES, *(ROOT / "benchmarks").glob("*.py")]} - {"__init__.py"}
+    files = {path.name for path in [*MODULES, *(ROOT / "benchmarks").rglob("*.py")]} - {"__init__.py"}
     assert listed - {"__init__.py"}
     assert [name for name in sorted(files) if not any(fnmatch(name, pattern) for pattern in listed)] == []
     assert [
