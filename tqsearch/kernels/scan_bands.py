@@ -115,8 +115,8 @@ def cut_of(queries: int, bands: tuple[BandKey, ...], row: int, begin: int, share
             return None
         wide = max([2 * step.columns for step in steps if step.width >= 3], default=32)
         narrow = max([step.columns for step in steps if step.width in (1, 2, 3, 6)], default=16)
-        unused = 3 * cut.block_q * 128  # blocks of queries that a number of columns has without need
-        needed = cut.block_q * len(slots) + unused + cut.groups * cut.stages * _TILE * (wide + narrow) + _RESERVE
+        unused = sum(2 * columns for columns in (16, 32, 64) if all(step.columns != columns for step in steps))
+        needed = cut.block_q * (len(slots) + unused) + cut.groups * cut.stages * _TILE * (wide + narrow) + _RESERVE
         if needed * cut.programs <= shared:
             return cut
     return None
