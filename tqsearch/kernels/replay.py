@@ -33,7 +33,7 @@ def record(call: Callable[[], T], device: torch.device, pool: Any) -> tuple[T, t
     Args:
         call: does nothing that the host has to wait for, and was run before: what is made on first use exists.
         device: the GPU.
-        pool: of memory, from `torch.cuda.graph_pool_handle`.
+        pool: of memory, from `torch.cuda.graph_pool_handle`; after a recording that failed it takes no other.
 
     Returns:
         What the call returned, whose tensors are filled at each replay; the graph; and what it reads, to be held as
@@ -59,9 +59,8 @@ def record(call: Callable[[], T], device: torch.device, pool: Any) -> tuple[T, t
                 except BaseException:
                     with suppress(RuntimeError):  # the same again: what failed has spoilt the recording
                         graph.capture_end()
-                    # Then torch's allocator and generator still wait for its end; the latter would refuse to draw.
-                    with suppress(RuntimeError):
-                        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+                    # Then torch's allocator still waits for its end, and takes no other recording into this pool; the
+                    # generator does too, and would refuse to draw.
                     generator = torch.cuda.default_generators[stream.device_index]
                     generator.graphsafe_set_state(generator.clone_state())
                     raise
