@@ -10,7 +10,7 @@ import torch
 from tqsearch.kernels.bands import BandTable
 
 pytest.importorskip("triton")
-from tqsearch.kernels.attention_layout import WORDS, band_keys, key_layout, registers, value_layout
+from tqsearch.kernels.attention_layout import HALVES, WORDS, band_keys, key_layout, registers, value_layout
 
 CPU = torch.device("cpu")
 PARTS = {2: 4, 3: 4, 4: 2}
@@ -56,8 +56,12 @@ def parts_of(packed, width, form, start, step, plane, assembly, names, tables, i
         inputs.append(words(np.broadcast_to(flags.astype(np.uint8), x.shape)))
     else:
         inputs = [words(x)]
-    found = ptx.run(assembly, PARTS[width], inputs, names)
-    return np.stack([one.view(np.uint8).reshape(len(x), step) for one in found])
+    found = ptx.run(assembly, 4 if form == HALVES else PARTS[width], inputs, names)
+    parts = np.stack([one.view(np.uint8).reshape(len(x), step) for one in found])
+    if form == HALVES:  # whose products are added
+        assert not (parts[:2] & parts[2:]).any()
+        return parts[:2] + parts[2:]
+    return parts
 
 
 @pytest.mark.parametrize("size", [128, 256])

@@ -30,6 +30,7 @@ from tqsearch.plan import planes_of
 COPY = 128  # bytes from a table of 4 bits or less to its copy
 ODD = 64  # bytes from a table of 4 bits or less to the two that say whether bytes are odd, see `_word_dims`
 DEPTH = 32  # the least depth of an int8 matrix product
+HALVES = 3  # the form of a 4-bit band decoded to the halves of its table, see `_halves_4`
 WORDS = 2  # the form of a 3-bit band decoded by words, see `_word_dims`; 1: steps are whole; 0: they are not
 
 BandKey = tuple[int, int, tuple[int, ...], float, float]  # size, width, steps, step, offset
@@ -128,6 +129,8 @@ def key_layout(bands: tuple[BandKey, ...], assembled: bool, device: torch.device
             columns = -(-size // COLUMN_DIMS[width])
             quad = assembled and whole and _aligned(width, plane)
             form, dims = int(whole), slot_dims(width, -(-columns // step) * step, quad)
+            if width == 4 and quad and step >= DEPTH:
+                form = HALVES
             if width == 3 and quad and step >= DEPTH // 2:
                 form, step, columns = WORDS, 2 * step, 2 * columns
                 dims = np.concatenate(
@@ -152,10 +155,24 @@ def key_layout(bands: tuple[BandKey, ...], assembled: bool, device: torch.device
 
 
 def _assembly(width: int, steps: tuple[int, ...], quad: bool, form: int) -> str:
-    """`decode_triton.assembly`, and the PTX of 3 bits by words; both with some words of the table in registers."""
-    if form != WORDS:
+    """`decode_triton.assembly`, and the PTX of other forms; all with some words of the table in registers."""
+    if form not in (WORDS, HALVES):
         return assembly(width, steps, quad, _register)
-    return _words_3(_register(_word(steps, 0)), f"{_word(steps, 4):#x}")
+    words = [_word(steps, start) for start in range(0, len(steps), 4)]
+    table = [f"{word:#x}" if place % 2 else _register(word) for place, word in enumerate(words)]
+    return _words_3(*table) if form == WORDS else _halves_4(*table)
+
+
+def _halves_4(*words: str) -> str:
+    """Nibbles of $4 looked up in the lower half of the table, $0 and $1, and in the upper, $2 and $3: 0 in the other.
+
+    A nibble's top bit makes prmt give 0, as the tables hold bytes below 128. The products with the two halves are
+    added by the tensor cores.
+    """
+    lines = ["xor.b32 b, $4, 0x88888888;", f"prmt.b32 $0, {words[0]}, {words[1]}, $4;", "shr.u32 a, $4, 16;"]
+    lines += [f"prmt.b32 $2, {words[2]}, {words[3]}, b;", "shr.u32 b, b, 16;"]
+    lines += [f"prmt.b32 $1, {words[0]}, {words[1]}, a;", f"prmt.b32 $3, {words[2]}, {words[3]}, b;"]
+    return "\n".join(["{ .reg .b32 a, b;", *lines, "}"])
 
 
 def _word_dims(columns: int, inner: bool) -> npt.NDArray[np.int64]:
@@ -237,6 +254,8 @@ def value_layout(bands: tuple[BandKey, ...], block: int, assembled: bool, device
             columns, form = block // COLUMN_DIMS[width], 1
             quad = assembled and columns % 4 == 0 and _aligned(width, plane)
             dims = slot_dims(width, columns, quad)
+            if width == 4 and quad:
+                form = HALVES
             if width == 3 and quad and columns >= DEPTH // 2:
                 form, columns = WORDS, 2 * columns
                 dims = _word_dims(columns, True)

@@ -70,6 +70,12 @@ def _decode_words(
 
 
 @triton.jit
+def _decode_halves(x, ASSEMBLY: tl.constexpr):
+    """4 bits: two parts by the lower half of the table, then by the upper; see `attention_layout`."""
+    return tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,=r,=r,r", [x], (tl.int8, tl.int8, tl.int8, tl.int8), True, 4)
+
+
+@triton.jit
 def _twice(x, INNER: tl.constexpr):
     """Words (rows, n, 4) to (rows, 8 n): each twice in turn, or all and all again."""
     AXIS: tl.constexpr = 2 if INNER else 1
@@ -172,8 +178,11 @@ def _key_groups(
     else:
         columns = START + tl.arange(0, STEP)
         valid = (columns < COLUMNS)[None, :]
-        x, y = _columns(base, second, columns, valid, WIDTH, FORM == 1, PLANE % 2 == 0)
-        return _side_by_side(decode(x, y, table_ptr, WIDTH, ASSEMBLY), STEP, 32)
+        x, y = _columns(base, second, columns, valid, WIDTH, FORM > 0, PLANE % 2 == 0)
+        if FORM == 3:
+            return _decode_halves(x, ASSEMBLY)
+        else:
+            return _side_by_side(decode(x, y, table_ptr, WIDTH, ASSEMBLY), STEP, 32)
 
 
 @triton.jit
@@ -190,16 +199,20 @@ def _value_groups(
     FORM: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """A block of decoded values, (coordinates, tokens)."""
+    """A block of decoded values, (coordinates, tokens): one tile, or those of the halves of the table."""
     base = codes_ptr + BYTE + rows[:, None] * PLANE
     second = codes_ptr + BYTE + SIZE * PLANE + rows[:, None] * (ROW - PLANE)
     if FORM == 2:
         parts = _decode_words(base, second, table_ptr, 0, COLUMNS, True, ASSEMBLY)
+        return (_side_by_side(parts, COLUMNS, 4096)[0],)
     else:
         columns = tl.arange(0, COLUMNS)
         x, y = _columns(base, second, columns, (columns < COLUMNS)[None, :], WIDTH, True, True)
-        parts = decode(x, y, table_ptr, WIDTH, ASSEMBLY)
-    return _side_by_side(parts, COLUMNS, 4096)[0]
+        if FORM == 3:
+            a, b, c, d = _decode_halves(x, ASSEMBLY)
+            return _side_by_side((a, b), COLUMNS, 4096)[0], _side_by_side((c, d), COLUMNS, 4096)[0]
+        else:
+            return (_side_by_side(decode(x, y, table_ptr, WIDTH, ASSEMBLY), COLUMNS, 4096)[0],)
 
 
 @triton.jit
@@ -228,7 +241,12 @@ def key_products(
             codes_ptr, tokens, table_ptr, WIDTH, COLUMNS, STEP, BYTE, PLANE, FORM, start, ASSEMBLY, BLOCK
         )
         for g in tl.static_range(len(groups)):
-            slots = SLOT + start * FIELDS + g * groups[g].shape[1] + tl.arange(0, groups[g].shape[1])
+            slots = (
+                SLOT
+                + start * FIELDS
+                + (g % 2 if FORM == 3 else g) * groups[g].shape[1]
+                + tl.arange(0, groups[g].shape[1])
+            )
             digits = tl.load(queries_ptr + tl.arange(0, N)[:, None] * SLOTS + slots[None, :])
             acc = tl.dot(groups[g], tl.trans(digits), acc, out_dtype=tl.int32)
     return acc
@@ -258,4 +276,7 @@ def value_products(
     decoded = _value_groups(codes_ptr, rows, table_ptr, ROW, WIDTH, COLUMNS, BYTE, PLANE, SIZE, FORM, ASSEMBLY)
     # Triton 3.6 fails to compile a matrix product of a reshaped operand; the casts keep the two apart.
     weights = tl.reshape(weights, (BLOCK, N)).to(tl.int16).to(tl.int8)
-    return tl.dot(decoded, weights, out_dtype=tl.int32)
+    acc = tl.dot(decoded[0], weights, out_dtype=tl.int32)
+    for half in tl.static_range(1, len(decoded)):
+        acc = tl.dot(decoded[half], weights, acc, out_dtype=tl.int32)
+    return acc
