@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--update", action="store_true", help="with --only: measure these families again, keep the file's other rows"
     )
     parser.add_argument(
-        "--keep-times", action="store_true", help="with --update, on a busy machine: times of searches stay"
+        "--keep-times", action="store_true", help="with --update, on a busy machine: times of searches there are stay"
     )
     parser.add_argument(
         "--bits", type=float, action="append", help="run TurboQuant only at this width; may be repeated"
@@ -165,15 +165,15 @@ def main(arguments: list[str]) -> int:
             "training_rows": effort.training_rows,
             "threads": options.threads,
             "k": DEPTH,
-            "timed": not options.keep_times,
         }
         del files
         bar = tqdm(runs, unit="run", disable=None)
         for number, (name, setting) in enumerate(bar):
             label = FAMILIES[name].label(setting)
             bar.set_description(f"{name} {label}")
-            measured = run_one(job | {"family": name, "setting": setting}, folder, str(number), effort.time_limit)
             times = timed.get((name, label), {})
+            asked = {"family": name, "setting": setting, "timed": "qps" not in times}
+            measured = run_one(job | asked, folder, str(number), effort.time_limit)
             row = {"family": name, "setting": label, "parameter": setting} | times | measured
             result["runs"].append(row)
             save(target, result | {"runs": [*result["runs"], *old]})

@@ -105,6 +105,22 @@ def test_update_measures_the_families_named_and_keeps_the_rest(folder: Path, mon
         search.main(["--quick", "--out", str(folder), "--update"])
 
 
+def test_kept_times_and_those_there_are_none_to_keep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_data(monkeypatch, np.load(folder / "small-base.npy"))
+    monkeypatch.setattr(search, "plan", lambda *_, **__: ({1: 6}, [("FAISS SQ", 4)], {}))
+    assert search.main(["--quick", "--out", str(folder)]) == 0
+    path = folder / "search-small-quick.json"
+    before = json.loads(path.read_text())
+    kept = {**before["runs"][0], "qps": {str(batch): 77.0 for batch in BATCHES}, "recall": {}}
+    path.write_text(json.dumps(before | {"runs": [kept]}))
+    monkeypatch.setattr(search, "plan", lambda *_, **__: ({1: 6}, [("FAISS SQ", 4), ("FAISS SQ", 8)], {}))
+    assert search.main(["--quick", "--out", str(folder), "--only", "FAISS SQ", "--update", "--keep-times"]) == 0
+    again, new = json.loads(path.read_text())["runs"]
+    assert (again["qps"], again["recall"]) == (kept["qps"], before["runs"][0]["recall"])
+    assert set(new["qps"]) == {str(batch) for batch in BATCHES}
+    assert 77.0 not in new["qps"].values()
+
+
 def test_recalls_of_narrow_results() -> None:
     ids = np.arange(40).reshape(2, 20)
     assert recalls(ids, ids) == {"1@1": 1.0, "1@10": 1.0, "10@10": 1.0}
