@@ -99,3 +99,12 @@ def test_maxima_equal_those_of_plain_triton(plan, queries, terms):
         found, wanted = gluon.maxima(part), plain.maxima(part)
         assert found.shape == wanted.shape == (part.stop - part.start, -(-n // 64))
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("version", "wanted"), [((3, 6), True), ((3, 7), True), ((3, 8), False), ((3, 9), True)])
+def test_triton_3_8_scans_in_plain_triton(monkeypatch, version, wanted):
+    from tqsearch.kernels import scan_bands, scan_hopper
+
+    monkeypatch.setattr(scan_hopper, "available", lambda _: True)
+    monkeypatch.setattr(scan_hopper, "TRITON", version)
+    assert scan_bands.available(torch.device("cuda")) == wanted

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tqsearch.kernels import scan_hopper
 from tqsearch.kernels.decode_triton import EVEN, assembly, slot_dims
 from tqsearch.kernels.launch import Launcher, variant
 from tqsearch.kernels.scan_cuts import Config
@@ -91,6 +92,14 @@ class Steps(NamedTuple):
     steps: tuple[Step, ...]
     layout: Layout
     copied: int  # bytes that all offsets are multiples of: 16, 8 or 4
+
+
+def available(device: torch.device) -> bool:
+    """Whether `scan_bands_gluon` runs there: as `scan_gluon`, but for Triton 3.8.
+
+    3.8 refuses to take part of a buffer for one of another type; 3.6, 3.7 and 3.9 compile it.
+    """
+    return scan_hopper.available(device) and scan_hopper.TRITON != (3, 8)
 
 
 def decodable(bands: tuple[BandKey, ...]) -> bool:

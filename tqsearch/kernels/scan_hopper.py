@@ -15,7 +15,7 @@ from tqsearch.kernels.scan_cuts import Config, Shapes
 from tqsearch.kernels.scan_layout import INTERPRETED, Layout
 from tqsearch.plan import planes_of
 
-_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _ROWS = 64  # of a product
 _REGISTERS = {2: 232, 3: 160}  # of a thread, by groups
 _RESERVE = 10_000  # bytes of shared memory beside queries and codes
@@ -41,7 +41,7 @@ def available(device: torch.device) -> bool:
     """Whether a device is of compute capability 9.x, and Triton of a version whose Gluon is known."""
     if device.type != "cuda" or torch.version.cuda is None or INTERPRETED:
         return False
-    return (3, 6) <= _TRITON <= (3, 9) and torch.cuda.get_device_capability(device)[0] == 9
+    return (3, 6) <= TRITON <= (3, 9) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache(maxsize=1024)

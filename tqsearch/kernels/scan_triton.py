@@ -129,7 +129,7 @@ class Scanner:
             config = config_for(len(queries), shapes, exact, shared)
             if aligned and not exact and scan_hopper.available(self.device):
                 config = scan_hopper.config_for(len(queries), shapes, shared) or config
-            if not exact and scan_hopper.available(self.device) and scan_bands.decodable(key):
+            if not exact and scan_bands.available(self.device) and scan_bands.decodable(key):
                 cut = scan_bands.cut_of(len(queries), key, packed.stride(0), packed.data_ptr() % 16, shared)
                 config = config if cut is None else scan_bands.RESCORED
         self.config = config
